@@ -1,0 +1,840 @@
+"""Make a prepared folder (see data.py): patches and CellProfiler measurements of single cells, in memory-mapped arrays.
+
+    python prepare_bbbc021.py --simulate --out out/                                       # simulated cells, no download
+    python prepare_bbbc021.py --crops DIR --features features.csv.gz --out real/          # BBBC021 crops as they circulate
+    python prepare_bbbc021.py --check out/                                                # compare every checksum
+
+Work goes to OUT.partial and is renamed to OUT when it is whole; an interrupted preparation goes on where it was. Memory stays bounded
+whatever the number of cells.
+"""
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import data
+from data import CELL_COLUMNS, CHANNELS, FULL_SCALE, SIZE, InputError
+
+SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}  # of cells (paper, section 4.1)
+MAX_MISSING = 0.05  # share of cells without a value, above which a feature is dropped
+CLIP = 10.0  # standard deviations (model.CLIP): here only counted
+WHITE = 0.999  # quantile of the training pixels that image value 1 stands for with --image-norm percentile
+CHUNK = 4096  # cells handled at once: bounds the memory
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which columns are features
+
+FEATURE = re.compile(r"(?!Image_|Metadata_|Experiment_|Single_|Multi_)[A-Z][A-Za-z0-9]*_[A-Z][A-Za-z]*_\w+")  # <Object>_<Family>_...
+BOOKKEEPING = re.compile(r"_Location_|_Parent_|_Children_|_Number_|ObjectNumber|AreaShape_Center|BoundingBox[MX]")
+ZERO = re.compile(r"_AreaShape_CentralMoment_(0_1|1_0)$")  # zero by definition; what CellProfiler writes is rounding noise
+
+
+def sort_columns(columns, keep=None):
+    """Column names of a table -> (features, dropped {name: reason}, metadata names); `keep`: only features that match this regex."""
+    features, dropped, metadata = [], {}, []
+    for name in columns:
+        if BOOKKEEPING.search(name):
+            dropped[name] = "a place, number or parent, not a measurement"
+        elif not FEATURE.fullmatch(name):
+            metadata.append(name)
+        elif ZERO.search(name):
+            dropped[name] = "zero by definition"
+        elif keep and not re.search(keep, name):
+            dropped[name] = "not kept by --columns"
+        else:
+            features.append(name)
+    return features, dropped, metadata
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A simulated BBBC021: caricatures of MCF7 cells whose true parameters are the CellProfiler columns
+
+FIELD = (512, 640)  # pixels, height and width of a simulated field
+CELLS_PER_FIELD = 32
+APART = 42  # pixels, least distance of two simulated nuclei
+WINDOW = 112  # pixels, side of the square in which one cell is drawn
+BACKGROUND = (0.010, 0.020, 0.016)  # DAPI, Tubulin, Actin, in CellProfiler's 0..1
+NOISE = 0.003  # standard deviation of the camera's noise, same unit
+
+# What the renderer reads, with the mean over DMSO cells and the spread between cells (a factor's log-sd, or an sd where marked +).
+PARAMETERS = {
+    "Nuclei_AreaShape_Area": (850, 0.16),  # pixels
+    "Nuclei_AreaShape_Eccentricity": (0.62, "+0.12"),
+    "Nuclei_AreaShape_Orientation": (0, "uniform"),  # degrees, -90..90 from the vertical, down-right positive (CellProfiler)
+    "Nuclei_Intensity_MeanIntensity_DAPI": (0.12, 0.15),
+    "Nuclei_Intensity_StdIntensity_DAPI": (0.022, 0.20),
+    "Cytoplasm_AreaShape_Area": (1700, 0.20),  # pixels, cell without nucleus
+    "Cells_AreaShape_Eccentricity": (0.60, "+0.12"),
+    "Cells_AreaShape_Orientation": (0, "near nucleus"),
+    "Cytoplasm_Intensity_MeanIntensity_Tubulin": (0.11, 0.18),
+    "Cytoplasm_Intensity_StdIntensity_Tubulin": (0.032, 0.18),
+    "Cytoplasm_Intensity_MeanIntensity_Actin": (0.08, 0.18),
+    "Cytoplasm_Intensity_StdIntensity_Actin": (0.024, 0.18),
+}
+NOISE_COLUMNS = [f"Nuclei_Noise_{i}" for i in range(4)]  # no picture shows these: what a generator must not pretend to render
+
+# Mechanism: two compounds of BBBC021 and the factors on the parameters above (keys: unique ends of their names), after the medians of real cells.
+MECHANISMS = {
+    "Actin disruptors": (("latrunculin B", 3), ("cytochalasin B", 10), {"Cytoplasm_AreaShape_Area": 0.62, "Std_Actin": 2.0}),
+    "Aurora kinase inhibitors": (("AZ258", 1), ("AZ841", 0.3), {"Nuclei_AreaShape_Area": 1.65, "Mean_DAPI": 0.8, "Std_DAPI": 1.3}),
+    "Cholesterol-lowering": (("simvastatin", 6), ("mevinolin/lovastatin", 5), {"Cytoplasm_AreaShape_Area": 0.42, "Mean_Tubulin": 1.25}),
+    "DNA damage": (("mitomycin C", 1), ("etoposide", 3), {"Nuclei_AreaShape_Area": 1.25, "Cytoplasm_AreaShape_Area": 1.3, "Std_DAPI": 1.2}),
+    "DNA replication": (("camptothecin", 0.003), ("methotrexate", 10), {"Nuclei_AreaShape_Area": 1.22, "Mean_DAPI": 0.78}),
+    "Eg5 inhibitors": (("AZ-C", 0.1), ("AZ138", 0.1), {"Nuclei_AreaShape_Area": 0.75, "Mean_DAPI": 1.44, "Std_DAPI": 1.5, "Mean_Tubulin": 1.3}),
+    "Epithelial": (("PP-2", 3), ("AZ-J", 1), {"Cytoplasm_AreaShape_Area": 1.25, "Mean_Actin": 1.5, "Std_Actin": 1.3}),
+    "Kinase inhibitors": (("PD-169316", 3), ("alsterpaullone", 0.1), {"Mean_Actin": 0.68, "Std_Actin": 0.7, "Std_Tubulin": 1.3}),
+    "Microtubule destabilizers": (("nocodazole", 1), ("colchicine", 0.03), {"Mean_Tubulin": 0.55, "Std_Tubulin": 0.45, "Nuclei_AreaShape_Area": 0.9}),
+    "Microtubule stabilizers": (("taxol", 0.3), ("docetaxel", 0.1), {"Mean_Tubulin": 1.5, "Std_Tubulin": 1.9, "Std_DAPI": 1.4}),
+    "Protein degradation": (("MG-132", 0.1), ("ALLN", 3), {"Nuclei_AreaShape_Area": 0.8, "Cytoplasm_AreaShape_Area": 0.75, "Mean_Tubulin": 1.2}),
+    "Protein synthesis": (("emetine", 0.1), ("cyclohexamide", 5), {"Mean_Actin": 0.6, "Mean_Tubulin": 0.75, "Nuclei_AreaShape_Area": 0.92}),
+}
+LOWER_DOSES = [("latrunculin B", 1, 0.6), ("taxol", 0.03, 0.5)]  # compound, uM, share of the full effect
+
+
+def simulated_plates(seed):
+    """The layout: a frame with one row a well (plate, well, replicate, compound, concentration, moa, strength) of 4 weeks x 3 plates.
+
+    As in BBBC021 a compound lives in one week, on three replicate plates; each plate has three DMSO wells.
+    """
+    wells = []
+    for week in range(4):
+        here = []
+        for i, (moa, (first, second, _)) in enumerate(MECHANISMS.items()):
+            if i // 6 == week % 2:
+                compound, dose = (first, second)[week // 2]
+                here.append((compound, dose, moa, 1.0 if week < 2 else 0.85))
+                here += [(c, d, moa, share) for c, d, share in LOWER_DOSES if c == compound]
+        here += [("DMSO", 0, "DMSO", 0.0)] * 3
+        for replicate in range(3):
+            order = np.random.default_rng([seed, 1, week, replicate]).permutation(len(here))
+            wells += [(f"Week{week + 1}_sim{3 * week + replicate + 1:02d}", f"{'BCDEFG'[k % 6]}{2 + k // 6:02d}", str(replicate + 1), *here[j])
+                      for k, j in enumerate(order)]
+    return pd.DataFrame(wells, columns=["plate", "well", "replicate", "compound", "concentration", "moa", "strength"])
+
+
+def simulate_table(n, seed):
+    """n simulated cells -> (cells frame with x, y in pixels of their field, features frame with all true columns)."""
+    wells = simulated_plates(seed)
+    sites = max(1, -(-n // (len(wells) * CELLS_PER_FIELD)))
+    fields = wells.loc[wells.index.repeat(sites)].reset_index(drop=True)
+    fields["site"] = [str(s % sites + 1) for s in range(len(fields))]
+    fields["field"] = fields["plate"] + "_" + fields["well"] + "_s" + fields["site"]
+    share = np.diff(np.linspace(0, n, len(fields) + 1).round().astype(int))  # cells of each field
+    cells = fields.loc[fields.index.repeat(share)].reset_index(drop=True)
+    number = np.concatenate([np.arange(k) for k in share]) if n else np.zeros(0, int)
+    cells["cell"] = cells["field"] + "_" + pd.Series(number).astype(str)
+    cells[["x", "y"]] = np.concatenate([scatter(k, [seed, 2, i]) for i, k in enumerate(share)])
+
+    random = np.random.default_rng([seed, 3])
+    gain = dict(zip(sorted(set(cells["plate"])), np.exp(random.normal(0, 0.12, (12, 3)))))  # staining and lamp, per plate and channel
+    gains = np.stack(cells["plate"].map(gain).to_list())
+    well_effect = random.normal(0, 0.03, (len(wells), len(PARAMETERS)))[wells.index.repeat(sites).repeat(share)]  # log, shared by a well's cells
+    table = pd.DataFrame(index=cells.index)
+    for j, (name, (centre, spread)) in enumerate(PARAMETERS.items()):
+        z = np.clip(random.normal(size=n), -2.5, 2.5)
+        if spread == "uniform":
+            table[name] = random.uniform(-90, 90, n)
+        elif spread == "near nucleus":
+            table[name] = (table["Nuclei_AreaShape_Orientation"] + 25 * z + 90) % 180 - 90
+        elif str(spread).startswith("+"):
+            table[name] = np.clip(centre + float(spread) * z, 0.1, 0.92)
+        else:
+            factor = cells["moa"].map({m: effect.get(name, effect.get(short(name), 1.0)) for m, (_, _, effect) in MECHANISMS.items()}).fillna(1.0)
+            value = centre * factor ** cells["strength"] * np.exp(spread * z + well_effect[:, j])
+            colour = [c for c in range(3) if name.endswith(CHANNELS[c])]
+            table[name] = value * gains[:, colour[0]] if colour else value
+    return cells, with_derived(table, random.normal(size=(n, len(NOISE_COLUMNS))))
+
+
+def short(name):
+    """'Cytoplasm_Intensity_StdIntensity_Actin' -> 'Std_Actin', the key used in MECHANISMS."""
+    return re.sub(r".*_(Mean|Std)Intensity_", r"\1_", name)
+
+
+def with_derived(table, noise):
+    """The renderer's parameters plus the columns that follow from them, and noise columns: what CellProfiler would report."""
+    out = table.copy()
+    nucleus, cytoplasm = table["Nuclei_AreaShape_Area"], table["Cytoplasm_AreaShape_Area"]
+    out["Cells_AreaShape_Area"] = nucleus + cytoplasm
+    out["Nuclei_Intensity_IntegratedIntensity_DAPI"] = nucleus * table["Nuclei_Intensity_MeanIntensity_DAPI"]
+    for name, area in (("Nuclei", nucleus), ("Cells", nucleus + cytoplasm)):
+        a, b = axes(area, table[f"{name}_AreaShape_Eccentricity"])
+        angle = np.radians(table[f"{name}_AreaShape_Orientation"])
+        out[f"{name}_AreaShape_MajorAxisLength"], out[f"{name}_AreaShape_MinorAxisLength"] = 2 * a, 2 * b
+        out[f"{name}_AreaShape_InertiaTensor_0_0"] = ((a * np.sin(angle)) ** 2 + (b * np.cos(angle)) ** 2) / 4  # variance along columns
+        out[f"{name}_AreaShape_InertiaTensor_1_1"] = ((a * np.cos(angle)) ** 2 + (b * np.sin(angle)) ** 2) / 4  # variance along rows
+        out[f"{name}_AreaShape_InertiaTensor_0_1"] = -(a ** 2 - b ** 2) * np.sin(angle) * np.cos(angle) / 4
+    out[NOISE_COLUMNS] = noise
+    return out
+
+
+def axes(area, eccentricity):
+    """Half axes a >= b (pixels) of the ellipse with that area (pixels) and eccentricity."""
+    ratio = np.sqrt(1 - eccentricity ** 2)
+    return np.sqrt(area / (np.pi * ratio)), np.sqrt(area * ratio / np.pi)
+
+
+def scatter(k, seed):
+    """k places (x, y) in a field, APART pixels from each other and far enough from the edge for a crop."""
+    random = np.random.default_rng(seed)
+    low, high = np.array([35.0, 35.0]), np.array([FIELD[1] - 35.0, FIELD[0] - 35.0])
+    places = np.empty((0, 2))
+    while len(places) < k:
+        for p in random.uniform(low, high, (200, 2)):
+            if len(places) < k and (not len(places) or ((places - p) ** 2).sum(1).min() > APART ** 2):
+                places = np.vstack([places, p])
+    return places
+
+
+def draw_cells(table, offset, seed, window=WINDOW):
+    """Draws each row of `table` (the columns of PARAMETERS) alone, without background: pictures (N, 3, window, window) float32 in
+    CellProfiler's 0..1, and how much of each pixel the cell covers (N, window, window).
+
+    `offset` (N, 2): row and column of the nucleus' centre from the middle of the window, pixels. `seed`: what the parameters leave open
+    (fibres, texture, the outline's bumps). Mean and standard deviation of the intensities are exact over the drawn compartments.
+    """
+    random = np.random.default_rng(seed)
+    n = len(table)
+    p = {name: table[name].to_numpy(np.float64)[:, None, None] for name in PARAMETERS}
+    grid = np.arange(window) - (window - 1) / 2
+    row = grid[None, :, None] - offset[:, 0, None, None]
+    col = grid[None, None, :] - offset[:, 1, None, None]
+    angle = np.arctan2(col, row)
+
+    def waves(k, low, high):
+        """A smooth random texture (N, window, window): k plane waves, wavelengths low..high pixels."""
+        total = np.zeros((n, window, window))
+        for direction, length, phase in random.uniform((0, low, 0), (2 * np.pi, high, 2 * np.pi), (k, n, 1, 1, 3)).transpose(0, 4, 1, 2, 3):
+            total += np.sin((row * np.cos(direction) + col * np.sin(direction)) * (2 * np.pi / length) + phase)
+        return total
+
+    def ellipse(area, eccentricity, orientation, bumps, soft):
+        """(coverage 0..1 with an edge `soft` pixels wide, distance from the centre in units of the radius)"""
+        a, b = axes(area, eccentricity)
+        t = np.radians(orientation)
+        q = np.hypot((row * np.cos(t) + col * np.sin(t)) / a, (col * np.cos(t) - row * np.sin(t)) / b)
+        for k in (3, 5):  # bumps that leave area, centre and direction alone to first order
+            q = q * (1 + bumps * random.uniform(0.5, 1, (n, 1, 1)) * np.cos(k * angle + random.uniform(0, 2 * np.pi, (n, 1, 1))))
+        return np.clip((1 - q) * np.sqrt(a * b) / soft + 0.5, 0, 1), q
+
+    def fill(mask, pattern, mean, sd):
+        """mean + sd * pattern, the pattern brought to mean 0 and sd 1 over the mask (pixels more than half covered)"""
+        inside = mask > 0.5
+        count = np.maximum(inside.sum((1, 2), keepdims=True), 1)
+        centred = pattern - (pattern * inside).sum((1, 2), keepdims=True) / count
+        spread = np.sqrt((centred ** 2 * inside).sum((1, 2), keepdims=True) / count)
+        return np.clip(mean + sd * centred / np.maximum(spread, 1e-9), 0, None)
+
+    nucleus, q_nucleus = ellipse(p["Nuclei_AreaShape_Area"], p["Nuclei_AreaShape_Eccentricity"], p["Nuclei_AreaShape_Orientation"], 0.03, 3)
+    whole = p["Nuclei_AreaShape_Area"] + p["Cytoplasm_AreaShape_Area"]
+    cell, q_cell = ellipse(whole, p["Cells_AreaShape_Eccentricity"], p["Cells_AreaShape_Orientation"], 0.07, 4)
+    cell = np.maximum(cell, nucleus)
+    cytoplasm = cell * (1 - nucleus)
+
+    # -|waves| is bright along lines: filaments
+    dapi = fill(nucleus, -np.abs(waves(4, 12, 26)) - 1.2 * q_nucleus ** 2, p["Nuclei_Intensity_MeanIntensity_DAPI"], p["Nuclei_Intensity_StdIntensity_DAPI"])
+    fibres = -0.5 * np.abs(waves(3, 16, 34)) - 0.35 * np.abs(waves(3, 9, 16))
+    tubulin = fill(cytoplasm, fibres - 2.5 * q_cell, p["Cytoplasm_Intensity_MeanIntensity_Tubulin"], p["Cytoplasm_Intensity_StdIntensity_Tubulin"])
+    tubulin = tubulin * cytoplasm + 0.8 * p["Cytoplasm_Intensity_MeanIntensity_Tubulin"] * nucleus
+    rim = np.exp(-((1 - q_cell) * np.sqrt(whole / np.pi) / 3.5) ** 2)
+    actin = fill(cytoplasm, 1.5 * rim - 0.4 * np.abs(waves(3, 10, 30)), p["Cytoplasm_Intensity_MeanIntensity_Actin"], p["Cytoplasm_Intensity_StdIntensity_Actin"])
+    actin = actin * cytoplasm + 0.7 * p["Cytoplasm_Intensity_MeanIntensity_Actin"] * nucleus
+    return np.stack([dapi * nucleus, tubulin, actin], 1).astype(np.float32), cell.astype(np.float32)
+
+
+def render(table, seed=0):
+    """The simulator as a perfect generator: rows of true parameters -> (N, 3, 68, 68) float32 in CellProfiler's 0..1, cell centred, no noise."""
+    x, _ = draw_cells(table, np.zeros((len(table), 2)), seed, SIZE)
+    return x + np.array(BACKGROUND, np.float32)[:, None, None]
+
+
+def simulate_field(table, x, y, seed):
+    """One field of simulated cells at x (columns) and y (rows), pixels -> (3, H, W) uint16, 12-bit values in the high bits, as BBBC021."""
+    middle = (WINDOW - 1) / 2
+    r0, c0 = np.floor(y - middle).astype(int), np.floor(x - middle).astype(int)
+    drawn, covers = draw_cells(table, np.stack([y - r0 - middle, x - c0 - middle], 1), seed)
+    canvas = np.zeros((3, FIELD[0] + 2 * WINDOW, FIELD[1] + 2 * WINDOW), np.float32)
+    for picture, cover, r, c in zip(drawn, covers, r0 + WINDOW, c0 + WINDOW):
+        view = canvas[:, r:r + WINDOW, c:c + WINDOW]
+        np.maximum(view[0], picture[0], out=view[0])  # nuclei shine through
+        view[1:] = np.where(picture[1:].sum(0) > 0, view[1:] * (1 - cover) + picture[1:], view[1:])
+    field = canvas[:, WINDOW:-WINDOW, WINDOW:-WINDOW] + np.array(BACKGROUND, np.float32)[:, None, None]
+    random = np.random.default_rng(seed)
+    field += NOISE * np.sqrt(1 + 8 * field) * random.standard_normal(field.shape, dtype=np.float32)  # read-out and photons
+    return (field.clip(0, 1) * 4095).round().astype(np.uint16) * 16
+
+
+def cut(field, x, y):
+    """Crops (n, C, 68, 68) of a field (C, H, W) around x (columns) and y (rows): the centre's pixel is number 34. All must lie inside."""
+    r0, c0 = np.floor(y).astype(int) - SIZE // 2, np.floor(x).astype(int) - SIZE // 2
+    return np.stack([field[:, r:r + SIZE, c:c + SIZE] for r, c in zip(r0, c0)])
+
+
+def simulated_unit(unit):
+    """The patches of one simulated field; unit = (table, x, y, seed, positions of the cells that are kept)."""
+    table, x, y, seed, kept = unit
+    return cut(simulate_field(table, x, y, seed), x[kept], y[kept]), {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Crops as they circulate: DIR/<DAPI stem>/<DAPI stem>_<k>.npy and DIR/metadata.csv
+
+METADATA = {"Single_Cell_Image_Id": "cell", "Multi_Cell_Image_Name": "field", "Image_Metadata_Plate_DAPI": "plate", "Image_Metadata_Well_DAPI": "well",
+            "Replicate": "replicate", "Image_Metadata_Compound": "compound", "Image_Metadata_Concentration": "concentration", "moa": "moa"}
+KEY = "Single_Cell_Image_Id"
+
+
+def read_csv(source, **options):
+    """pandas.read_csv for files of unknown origin: any line ends, no text turned into NaN unless asked, errors in one line."""
+    try:
+        if str(source).endswith(".gz"):
+            return pd.read_csv(source, keep_default_na=False, **options)
+        text = Path(source).read_bytes().decode("utf-8-sig")
+        return pd.read_csv(io.StringIO(text.replace("\r\n", "\n").replace("\r", "\n")), keep_default_na=False, **options)
+    except (OSError, ValueError) as error:  # pandas' parser and empty-data errors are ValueErrors
+        raise InputError(f"{source}: not readable as CSV ({str(error).strip().splitlines()[0]})") from None
+
+
+def read_moa(path):
+    """BBBC021_v1_moa.csv in any of its copies -> {(compound, concentration as float): mechanism}."""
+    table = read_csv(path, dtype=str)
+    for name in ("compound", "concentration", "moa"):
+        if name not in table:
+            raise InputError(f"{path}: no column {name!r}, found {list(table.columns)}")
+    return {(c, concentration(v, f"{path}, row {i + 2}")): m for i, (c, v, m) in enumerate(zip(table["compound"], table["concentration"], table["moa"]))}
+
+
+def concentration(text, where):
+    """A concentration in uM as a float; empty or 'unknown' is NaN."""
+    try:
+        return float(text) if text not in ("", "unknown") else float("nan")
+    except ValueError:
+        raise InputError(f"{where}: concentration {text!r} is not a number") from None
+
+
+def complete_cells(cells, moa=None):
+    """Fills the columns of cells.csv from what is there: text columns, float concentrations, site, mechanism; returns (cells, report lines)."""
+    report = []
+    if "concentration" in cells:
+        cells["concentration"] = [concentration(str(v), f"cell {c}") for c, v in zip(cells["cell"], cells["concentration"])]
+    if "site" not in cells and "field" in cells:
+        cells["site"] = cells["field"].str.extract(r"_s(\d+)(?:_|$)", expand=False).fillna("unknown")
+    for name in CELL_COLUMNS[:-1]:
+        if name not in cells:
+            cells[name] = np.nan if name in ("concentration", "x", "y") else "unknown"
+        if name in data.TEXT_COLUMNS:
+            cells[name] = cells[name].astype(str).replace("", "unknown")
+            if name not in ("cell", "moa") and (missing := int((cells[name] == "unknown").sum())):
+                report.append(f"{missing} cells have no {name}: set to 'unknown'")
+    if moa is not None:
+        found = [moa.get(pair) for pair in zip(cells["compound"], cells["concentration"])]
+        cells["moa"] = [m if m is not None else ("DMSO" if c == "DMSO" else "unknown") for m, c in zip(found, cells["compound"])]
+    cells.loc[cells["compound"] == "DMSO", "moa"] = "DMSO"
+    cells.loc[cells["compound"] == "DMSO", "concentration"] = 0.0
+    if without := int((cells["moa"] == "unknown").sum()):
+        report.append(f"{without} cells have no mechanism: set to 'unknown'")
+    return cells[CELL_COLUMNS[:-1]], report
+
+
+def crops_table(folder, features, keep=None, moa=None):
+    """Joins the crops' metadata with the table of measurements, reading only the keys: (cells, feature names, dropped, row of each cell, report).
+
+    `row of each cell` is its place in the table of measurements, whose values are then read in chunks.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of crops")
+    columns = list(read_csv(features, nrows=0).columns) if str(features).endswith(".gz") else list(pd.read_csv(features, nrows=0).columns)
+    if KEY not in columns:
+        raise InputError(f"{features}: no key column {KEY!r} (the crop's file name), found {columns[:3]}, ...")
+    names, dropped, other = sort_columns(columns, keep)
+    if not names:
+        raise InputError(f"{features}: no feature column; expected names like Nuclei_AreaShape_Area" + (f" that match --columns {keep}" if keep else ""))
+    keys = pd.read_csv(features, usecols=[KEY], dtype=str, keep_default_na=False)[KEY]
+    if keys.duplicated().any():
+        raise InputError(f"{features}: key {keys[keys.duplicated()].iloc[0]!r} stands in more than one row; each cell needs one row")
+    report = [f"{features}: {len(keys)} rows; {len(names)} features, {len(dropped)} columns set aside; metadata columns: {', '.join(other)}"]
+
+    metadata = folder / "metadata.csv"
+    if metadata.is_file():
+        table = read_csv(metadata, dtype=str)
+        if KEY not in table:
+            raise InputError(f"{metadata}: no column {KEY!r}, found {list(table.columns)}")
+        source = metadata
+    else:
+        table, source = pd.read_csv(features, usecols=[c for c in METADATA if c in columns], dtype=str, keep_default_na=False), features
+        report.append(f"{folder}: no metadata.csv; plate, well and treatment are taken from {features} where it has them")
+    if table[KEY].duplicated().any():
+        raise InputError(f"{source}: {KEY} {table[KEY][table[KEY].duplicated()].iloc[0]!r} stands in more than one row")
+    cells = table.rename(columns=METADATA)[[METADATA[c] for c in METADATA if c in table]]
+    place = pd.Series(np.arange(len(keys)), index=keys)
+    row = cells["cell"].map(place)
+    for count, first, text in [(row.isna().sum(), cells["cell"][row.isna()], f"cells of {source} have no row in {features}"),
+                               ((~keys.isin(cells["cell"])).sum(), keys[~keys.isin(cells["cell"])], f"rows of {features} have no cell in {source}")]:
+        if count:
+            report.append(f"{count} {text}, first: {first.iloc[0]}")
+    cells, row = cells[row.notna()].reset_index(drop=True), row[row.notna()].astype(int).to_numpy()
+    report.append(f"{len(cells)} cells matched")
+    if not len(cells):
+        raise InputError(f"no {KEY} of {source} is in {features}: {cells.shape[0]} cells matched, e.g. {table[KEY].iloc[:1].tolist()} against {keys.iloc[:1].tolist()}")
+    if "field" not in cells:
+        cells["field"] = cells["cell"].str.replace(r"_\d+(\.npy)?$", "", regex=True)
+    cells, more = complete_cells(cells, moa)
+    return cells, names, dropped, row, report + more
+
+
+def crops_unit(unit):
+    """The patches of a run of crops, channels reordered; unit = (files, order). Bad files are reported as {position: reason}."""
+    files, order = unit
+    patches, bad = np.zeros((len(files), len(order), SIZE, SIZE), np.uint16), {}
+    for i, file in enumerate(files):
+        try:
+            crop = np.load(file)
+        except (OSError, ValueError, EOFError) as error:
+            bad[i] = f"{file}: missing or unreadable ({str(error).splitlines()[0][:80]})"
+            continue
+        if crop.shape != (SIZE, SIZE, len(order)) or crop.dtype != np.uint16:
+            bad[i] = f"{file}: {crop.dtype} {crop.shape}, expected uint16 ({SIZE}, {SIZE}, {len(order)})"
+            continue
+        patches[i] = crop.transpose(2, 0, 1)[order]
+    return patches, bad
+
+
+def fill_from_csv(target, table, names, row):
+    """Reads the columns `names` of a CSV in chunks and puts its rows where they belong: target[i] = table row row[i]."""
+    where = np.full(row.max() + 1, -1)
+    where[row] = np.arange(len(row))
+    done = 0
+    for chunk in pd.read_csv(table, usecols=names, chunksize=CHUNK, low_memory=False):
+        try:
+            values = chunk[names].to_numpy(np.float32)
+        except (TypeError, ValueError):
+            name = next(n for n in names if not pd.api.types.is_numeric_dtype(chunk[n]))
+            first = next(i for i, v in enumerate(pd.to_numeric(chunk[name], errors="coerce").isna() & chunk[name].notna()) if v)
+            raise InputError(f"{table}, row {done + first + 2}, column {name}: {chunk[name].iloc[first]!r} is not a number") from None
+        to = where[done:done + len(values)]
+        target[to[to >= 0]] = values[:len(to)][to >= 0]
+        done += len(values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits and standardisation
+
+
+def split_cells(cells, by, seed):
+    """A split for each cell, no group on both sides: groups are shuffled by the seed and go to the split furthest below its share.
+
+    `by`: cell (the paper, whose neighbours in a field then stand on both sides), field, well, plate or compound. A group with over
+    10 % of all cells always trains. Returns (N,) names; InputError where a split would be empty.
+    """
+    group = {"cell": np.arange(len(cells)), "well": cells["plate"] + " " + cells["well"]}.get(by)
+    group = pd.factorize(cells[by] if group is None else group)[0]
+    size = np.bincount(group)
+    names, target, have = list(SHARES), np.array(list(SHARES.values())), np.zeros(len(SHARES))
+    side = np.zeros(len(size), int)
+    large = size > 0.1 * len(cells)
+    have[0] = size[large].sum()
+    for g in np.random.default_rng(seed).permutation(len(size)):
+        if not large[g]:
+            side[g] = np.argmax(target - have / len(cells))
+            have[side[g]] += size[g]
+    if (have == 0).any():
+        raise InputError(f"--split {by}: {len(size)} groups leave no cell for {names[int(np.argmin(have))]} (a group over 10 % of the cells "
+                         "always trains); use a finer --split or more cells")
+    split = np.array(names)[side[group]]
+    assert pd.DataFrame({"g": group, "s": split}).groupby("g")["s"].nunique().max() == 1, "a group stands in two splits"
+    return split
+
+
+def chunks(n):
+    return [slice(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)]
+
+
+def moments(raw, rows):
+    """Count, mean and standard deviation (ddof 0) of the columns of `raw` over the row numbers `rows`, missing left out; in chunks, float64."""
+    count, total, square = (np.zeros(raw.shape[1]) for _ in range(3))
+    for c in chunks(len(rows)):
+        values = raw[rows[c]].astype(np.float64)
+        count += np.isfinite(values).sum(0)
+        total += np.where(np.isfinite(values), values, 0).sum(0)
+    mean = total / np.maximum(count, 1)
+    for c in chunks(len(rows)):
+        values = raw[rows[c]].astype(np.float64)
+        square += np.where(np.isfinite(values), values - mean, 0).__pow__(2).sum(0)
+    return count, mean, np.sqrt(square / np.maximum(count, 1))
+
+
+def columns_to_drop(raw, names, train, drop_duplicates):
+    """{name: reason} for columns without spread over the training cells, with over 5 % missing, or (if asked) equal to an earlier one."""
+    n = len(raw)
+    missing, digests = np.zeros(len(names)), [hashlib.sha1() for _ in names]
+    for c in chunks(n):
+        block = np.array(raw[c])
+        missing += (~np.isfinite(block)).sum(0)
+        if drop_duplicates:
+            for digest, column in zip(digests, np.ascontiguousarray(block.T)):
+                digest.update(column.tobytes())
+    count, mean, sd = moments(raw, train)
+    dropped, seen = {}, {}
+    for j, name in enumerate(names):
+        if missing[j] > MAX_MISSING * n:
+            dropped[name] = f"{missing[j] / n:.1%} missing"
+        elif count[j] < 2 or sd[j] <= 1e-7 * abs(mean[j]):  # float32 holds 7 digits
+            dropped[name] = "no spread over the training cells"
+        elif drop_duplicates and digests[j].digest() in seen:
+            dropped[name] = f"identical to {seen[digests[j].digest()]}"
+        else:
+            seen[digests[j].digest()] = name
+    return dropped
+
+
+def plate_scales(raw, cells, centre_scale):
+    """--normalise plate-dmso: {plate: {centre, scale, cells}} from each plate's DMSO cells; marks the reference cells in cells['split'].
+
+    A plate that has training DMSO cells is scaled by those; a held-out plate by all its DMSO cells, which then are `reference`, in no
+    test. Where a plate's DMSO cells show no spread in a feature, the training cells' spread is taken.
+    """
+    plates, dmso = {}, (cells["compound"].str.upper() == "DMSO").to_numpy()
+    for plate in sorted(cells["plate"].unique()):
+        here = dmso & (cells["plate"] == plate).to_numpy()
+        rows = np.flatnonzero(here & (cells["split"] == "train").to_numpy())
+        if not len(rows):
+            rows = np.flatnonzero(here)
+            cells.loc[rows, "split"] = "reference"
+        if len(rows) < 2:
+            raise InputError(f"plate {plate}: {len(rows)} DMSO cells, --normalise plate-dmso needs at least 2 on every plate; use --normalise train or --exclude the plate")
+        _, mean, sd = moments(raw, rows)
+        plates[plate] = {"centre": mean, "scale": np.where(sd > 0, sd, centre_scale[1]), "cells": len(rows)}
+    return plates
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing the folder
+
+
+def read_patches(target, units, starts, read_unit, state, workers, skip_bad):
+    """Fills target (N, C, 68, 68) unit by unit, in parallel; what is done is kept in the file `state`, so that it can be taken up again.
+
+    read_unit(unit) -> (patches, {position: reason}); a bad patch is refused by name, or with skip_bad left black. Returns {row: reason}.
+    """
+    done = json.loads(state.read_text()) if state.exists() else {"units": 0, "bad": {}}
+    begin, said, saved, n = time.perf_counter(), 0.0, time.perf_counter(), len(target)
+    first = starts[done["units"]] if done["units"] < len(units) else n
+
+    def save():
+        target.flush()
+        state.with_suffix(".tmp").write_text(json.dumps(done))
+        os.replace(state.with_suffix(".tmp"), state)
+
+    pool = ProcessPoolExecutor(workers) if workers > 1 else None
+    ahead = []
+    try:
+        upcoming = iter(range(done["units"], len(units)))
+        while done["units"] < len(units):
+            while pool and len(ahead) < 4 * workers and (u := next(upcoming, None)) is not None:
+                ahead.append(pool.submit(read_unit, units[u]))
+            patches, bad = ahead.pop(0).result() if pool else read_unit(units[done["units"]])
+            start = starts[done["units"]]
+            for i, reason in bad.items():
+                if not skip_bad:
+                    raise InputError(f"{reason}; mend it, or leave such cells out with --skip-bad")
+                done["bad"][str(start + i)] = reason
+            target[start:start + len(patches)] = patches
+            done["units"] += 1
+            now, at = time.perf_counter(), start + len(patches)
+            if now - saved > 2:
+                save()
+                saved = now
+            if now - said > 5 or done["units"] == len(units):
+                rate = (at - first) / max(now - begin, 1e-9)
+                print(f"patches {at}/{n} cells | {rate:.0f} cells/s | {(n - at) / max(rate, 1e-9):.0f} s left", flush=True)
+                said = now
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+        save()
+    return {int(k): v for k, v in done["bad"].items()}
+
+
+def white_levels(patches, rows):
+    """Per channel, the 99.9 % quantile of the pixels of the given rows, and the number of cells with an all-black channel."""
+    count, black = np.zeros((patches.shape[1], FULL_SCALE + 1), np.int64), 0
+    for c in chunks(len(rows)):
+        block = patches[rows[c]]
+        black += int((block.max((2, 3)) == 0).any(1).sum())
+        for k in range(len(count)):
+            count[k] += np.bincount(block[:, k].ravel(), minlength=FULL_SCALE + 1)
+    cumulated = count.cumsum(1)
+    return [max(int(np.searchsorted(row, WHITE * row[-1])), 1) for row in cumulated], black
+
+
+def write_folder(out, cells, names, dropped, fill_features, units, starts, read_unit, channels, options, workers=1, skip_bad=False):
+    """Writes a prepared folder: patches, features, cells.csv, meta.json; takes up OUT.partial where an earlier call was interrupted.
+
+    `fill_features(target)` writes all measurements (N, len(names)) float32; `options`: split, normalise, drop_duplicates, seed and
+    whatever else describes the call. Returns the meta dictionary.
+    """
+    out = Path(out)
+    work = out.with_name(out.name + ".partial")
+    plan = hashlib.sha256(json.dumps([options, names, channels, cells.to_csv(index=False)], sort_keys=True, default=str).encode()).hexdigest()
+    if (work / "plan").exists() and (work / "plan").read_text() != plan:
+        raise InputError(f"{work}: an interrupted preparation with other options or input; repeat those to go on with it, or delete the folder")
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "plan").write_text(plan)
+
+    n = len(cells)
+    shape = (n, len(channels), SIZE, SIZE)
+    path = work / "patches.npy"
+    patches = np.lib.format.open_memmap(path, "r+" if path.exists() and (work / "progress").exists() else "w+", np.uint16, shape)
+    bad = read_patches(patches, units, starts, read_unit, work / "progress", workers, skip_bad)
+    if not (work / "raw.npy").exists():
+        raw = np.lib.format.open_memmap(work / "raw.tmp", "w+", np.float32, (n, len(names)))
+        fill_features(raw)
+        raw.flush()
+        os.replace(work / "raw.tmp", work / "raw.npy")
+    raw = np.load(work / "raw.npy", mmap_mode="r")
+
+    # Cells that stay: those with a readable patch and at least one measurement
+    measured = np.concatenate([np.isfinite(raw[c]).any(1) for c in chunks(n)])
+    good = measured & ~np.isin(np.arange(n), list(bad))
+    if (~measured).any():
+        print(f"{(~measured).sum()} cells without measurements dropped, first: {cells['cell'][~measured].iloc[0]}")
+    for row, reason in list(bad.items())[:1]:
+        print(f"{len(bad)} bad patches skipped, first: {reason}")
+    if not good.any():
+        raise InputError("no cell has both a patch and measurements")
+    keep = np.flatnonzero(good)
+    cells = cells.iloc[keep].reset_index(drop=True)
+    cells["split"] = split_cells(cells, options["split"], options["seed"])
+    if len(keep) < n:
+        kept = np.lib.format.open_memmap(work / "patches.tmp", "w+", np.uint16, (len(keep), *shape[1:]))
+        for c in chunks(len(keep)):
+            kept[c] = patches[keep[c]]
+        kept.flush()
+        patches = kept
+
+    # Features that stay, their centre and scale, and the values that are imputed and clipped
+    row_of = keep[np.flatnonzero(cells["split"] == "train")]
+    whole = Rows(raw, keep)
+    dropped = {**dropped, **columns_to_drop(whole, names, np.flatnonzero(cells["split"] == "train"), options["drop_duplicates"])}
+    column = np.array([j for j, name in enumerate(names) if name not in dropped])
+    if not len(column):
+        raise InputError("every feature was dropped: " + "; ".join(f"{k}: {v}" for k, v in list(dropped.items())[:3]))
+    features = [names[j] for j in column]
+    part = Rows(raw, keep, column)
+    train = np.flatnonzero(cells["split"] == "train")
+    _, centre, scale = moments(part, train)
+    plates = plate_scales(part, cells, (centre, scale)) if options["normalise"] == "plate-dmso" else {}
+    final = np.lib.format.open_memmap(work / "features.npy", "w+", np.float32, (len(keep), len(column)))
+    imputed, clipped = np.zeros(len(column), int), np.zeros(len(column), int)
+    for c in chunks(len(keep)):
+        block = part[c].astype(np.float64)
+        mid = np.stack([plates[p]["centre"] for p in cells["plate"][c]]) if plates else np.broadcast_to(centre, block.shape)
+        sd = np.stack([plates[p]["scale"] for p in cells["plate"][c]]) if plates else scale
+        imputed += (~np.isfinite(block)).sum(0)
+        block = np.where(np.isfinite(block), block, mid)
+        clipped += (np.abs((block - mid) / sd) > CLIP).sum(0)
+        final[c] = block
+    final.flush()
+    white, black = white_levels(patches, train)
+    del raw, whole, part, patches, final
+    if (work / "patches.tmp").exists():
+        os.replace(work / "patches.tmp", work / "patches.npy")
+
+    cells[CELL_COLUMNS].to_csv(work / "cells.csv", index=False)
+    meta = {
+        "format": data.FORMAT, "channels": list(channels), "size": SIZE, "features": features, "centre": centre.tolist(), "scale": scale.tolist(),
+        "normalise": options["normalise"], "fitted_on": f"{len(row_of)} training cells",
+        "plates": {p: {k: v.tolist() if k != "cells" else v for k, v in s.items()} for p, s in plates.items()},
+        "white": white, "white_quantile": WHITE, "dropped": dropped,
+        "imputed": {f: int(k) for f, k in zip(features, imputed) if k}, "clipped": {f: int(k) for f, k in zip(features, clipped) if k},
+        "counts": {"cells": len(cells), "split": cells["split"].value_counts().to_dict(), "plates": cells["plate"].nunique(),
+                   "wells": len(cells.drop_duplicates(["plate", "well"])), "fields": cells["field"].nunique(), "compounds": cells["compound"].nunique(),
+                   "treatments": data.treatment_names(cells).nunique(), "mechanisms": len(set(cells["moa"]) - {"DMSO", "unknown"}),
+                   "unmeasured_cells": int((~measured).sum()), "bad_patches": len(bad), "cells_with_a_black_channel": black},
+        "options": options, "checksums": {name: data.checksum(work / name) for name in data.FILES},
+    }
+    (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    for name in ("raw.npy", "plan", "progress"):
+        (work / name).unlink()
+    os.replace(work, out)
+    return meta
+
+
+class Rows:
+    """Some rows and columns of a memory-mapped array, read when indexed: `Rows(raw, rows, columns)[i]`."""
+
+    def __init__(self, array, rows, columns=slice(None)):
+        self.array, self.rows, self.columns = array, rows, columns
+        self.shape = (len(rows), len(range(array.shape[1])[columns]) if isinstance(columns, slice) else len(columns))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return np.asarray(self.array[self.rows[i]])[:, self.columns]
+
+
+def describe(out):
+    """What a prepared folder holds, in lines."""
+    folder = data.open_folder(out)
+    counts, meta = folder.meta["counts"], folder.meta
+    trained = set(folder.treatment[folder.cells["split"] == "train"])
+    absent = [t for i, t in enumerate(folder.treatments) if i not in trained]
+    reasons = pd.Series([re.sub(r"^[\d.]+% |identical to .*", lambda m: "over 5 % " if "%" in m[0] else "identical to another", r)
+                         for r in meta["dropped"].values()], dtype=str).value_counts()
+    return [
+        f"{out}: {counts['cells']} cells of {counts['plates']} plates, {counts['wells']} wells, {counts['fields']} fields; {counts['compounds']} compounds, "
+        f"{counts['treatments']} treatments, {counts['mechanisms']} mechanisms",
+        f"  split by {meta['options']['split']}: " + ", ".join(f"{s} {k} ({k / counts['cells']:.1%})" for s, k in counts["split"].items()),
+        f"  treatments absent from training: {', '.join(absent[:8]) + (', ...' if len(absent) > 8 else '') if absent else 'none'}",
+        f"  {len(folder.features)} features, normalise {meta['normalise']}; dropped {len(meta['dropped'])}"
+        + "".join(f"; {k} {r}" for r, k in reasons.items()),
+        f"  imputed {sum(meta['imputed'].values())} values in {len(meta['imputed'])} features; beyond {CLIP:.0f} sd {sum(meta['clipped'].values())} values in {len(meta['clipped'])}",
+        f"  channels {', '.join(folder.channels)}; cells with a black channel {counts['cells_with_a_black_channel']}; "
+        f"{(folder.path / 'patches.npy').stat().st_size / 1e6:.0f} MB of patches",
+    ] + (["  split by cell, as the paper: cells of one field stand on both sides; --split plate is the honest test"] if meta["options"]["split"] == "cell" else [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def select(cells, taxol, exclude, limit, seed):
+    """Which cells stay (N,) bool, and report lines: the taxol controls, a table of exclusions, a random part."""
+    stay, report = np.ones(len(cells), bool), []
+    if taxol == "drop":
+        control = (cells["compound"] == "taxol") & np.isclose(cells["concentration"], 0.3)
+        control &= ~((cells["well"] == "D05") & cells["plate"].isin(["Week1_22123", "Week1_22141", "Week1_22161"]))
+        stay &= ~control.to_numpy()
+        report.append(f"{int(control.sum())} cells of taxol 0.3 uM positive-control wells dropped")
+    if exclude:
+        table = read_csv(exclude, dtype=str)
+        unknown = [c for c in table.columns if c not in CELL_COLUMNS]
+        if unknown or not len(table):
+            raise InputError(f"{exclude}: expected a CSV with columns among {CELL_COLUMNS[:-1]} and a row for what to leave out, found {list(table.columns)}")
+        as_text = cells[list(table.columns)].astype(str)
+        out = pd.Series(map(tuple, as_text.to_numpy())).isin(set(map(tuple, table.to_numpy()))).to_numpy()
+        stay &= ~out
+        report.append(f"{out.sum()} cells excluded by {exclude}")
+    if limit and stay.sum() > limit:
+        left = np.flatnonzero(stay)
+        stay[:] = False
+        stay[np.random.default_rng([seed, 4]).choice(left, limit, replace=False)] = True
+        report.append(f"{limit} of {len(left)} cells drawn (--limit, seed {seed})")
+    if not stay.any():
+        raise InputError("no cell is left after --taxol-controls, --exclude and --limit")
+    return stay, report
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--simulate", type=int, nargs="?", const=4000, metavar="N", help="N simulated cells (default 4000)")
+    source.add_argument("--crops", metavar="DIR", help="folder of crops, <stem>/<stem>_<k>.npy, with its metadata.csv")
+    source.add_argument("--check", metavar="DIR", help="compare every checksum of a prepared folder, write nothing")
+    add("--features", metavar="TABLE", help=f"with --crops: CSV of CellProfiler measurements, key column {KEY}")
+    add("--moa", metavar="FILE", help="BBBC021_v1_moa.csv: mechanisms by compound and concentration (default: the metadata's own)")
+    add("--stored-order", default="DAPI,Actin,Tubulin", help="with --crops: channels in the order the files hold them (default DAPI,Actin,Tubulin)")
+    add("--columns", metavar="REGEX", help="keep only features that match, e.g. '^Nuclei_AreaShape'")
+    add("--out", metavar="DIR", help="the prepared folder to write")
+    add("--split", choices=["cell", "field", "well", "plate", "compound"], default="cell", help="unit that never stands in two splits (default cell, the paper)")
+    add("--normalise", choices=["train", "plate-dmso"], default="train", help="centre and scale from all training cells, or per plate from its DMSO cells")
+    add("--drop-duplicates", action="store_true", help="drop features that are identical to an earlier one")
+    add("--taxol-controls", choices=["keep", "drop"], default="keep", help="taxol 0.3 uM is also the positive control of every plate (default keep)")
+    add("--exclude", metavar="FILE", help="CSV of what to leave out: columns of cells.csv (plate, well, ...), a row for each combination")
+    add("--limit", type=int, metavar="N", help="only N cells, drawn by the seed")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read patches (default: the CPUs, 8 at most)")
+    add("--seed", type=int, default=0, help="of the split, of --limit and of the simulation (default 0)")
+    add("--skip-bad", action="store_true", help="leave out cells whose patch is missing or malformed, and count them")
+    args = parser.parse_args(argv)
+    if not args.check and not args.out:
+        parser.error("--out DIR is needed: the prepared folder to write")
+    if args.crops and not args.features:
+        parser.error(f"--crops needs --features TABLE: CellProfiler measurements with key column {KEY}")
+    for name, least in (("simulate", 100), ("limit", 1), ("workers", 1), ("seed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name} is {getattr(args, name)}, expected {least} or more")
+    if args.columns:
+        try:
+            re.compile(args.columns)
+        except re.error as error:
+            parser.error(f"--columns {args.columns!r} is no regular expression ({error})")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.check:
+        equal = data.check_folder(args.check)
+        for name, same in equal.items():
+            print(f"{args.check}/{name}: {'as written' if same else 'CHANGED since it was prepared'}")
+        if not all(equal.values()):
+            raise InputError(f"{args.check}: changed; prepare it again")
+        return
+    out = Path(args.out)
+    options = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "check")}
+    if out.exists():
+        if (out / "meta.json").is_file() and data.open_folder(out).meta["options"] == options:
+            print(f"{out} is already prepared with these options; nothing to do")
+            return
+        raise InputError(f"{out}: exists already; choose another --out, or delete it")
+
+    begin = time.perf_counter()
+    if args.simulate:
+        cells, table = simulate_table(args.simulate, args.seed)
+        names, dropped, channels, report = *sort_columns(table.columns, args.columns)[:2], list(CHANNELS), []
+        cells, _ = complete_cells(cells)
+        stay, more = select(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
+        cells["number"] = np.arange(len(cells))
+        parts = list(cells[stay].groupby("field", sort=False)["number"])
+        order = np.concatenate([part.to_numpy() for _, part in parts])
+        # every cell of a field is drawn, also those that are not kept: a picture does not depend on --limit
+        fields = {name: np.array(rows) for name, rows in cells.groupby("field", sort=False)["number"]}
+        units = [(table.iloc[fields[name]], *(cells[c].to_numpy()[fields[name]] for c in ("x", "y")), [args.seed, 5, int(fields[name][0])],
+                  np.searchsorted(fields[name], part.to_numpy())) for name, part in parts]
+        starts = np.concatenate([[0], np.cumsum([len(part) for _, part in parts])])[:-1].tolist()
+        cells, table = cells.iloc[order].drop(columns="number").reset_index(drop=True), table.iloc[order]
+        read_unit = simulated_unit
+
+        def fill_features(target):
+            target[:] = table[names].to_numpy(np.float32)
+    else:
+        channels = list(CHANNELS)
+        stored = args.stored_order.split(",")
+        if sorted(stored) != sorted(channels):
+            raise InputError(f"--stored-order {args.stored_order}: expected {', '.join(channels)} in some order, separated by commas")
+        cells, names, dropped, row, report = crops_table(args.crops, args.features, args.columns, read_moa(args.moa) if args.moa else None)
+        stay, more = select(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
+        cells, row = cells[stay].reset_index(drop=True), row[stay]
+        files = [Path(args.crops) / field / (cell if cell.endswith(".npy") else cell + ".npy") for field, cell in zip(cells["field"], cells["cell"])]
+        starts = list(range(0, len(cells), 256))
+        units = [(files[i:i + 256], [stored.index(c) for c in channels]) for i in starts]
+        read_unit, fill_features = crops_unit, partial(fill_from_csv, table=args.features, names=names, row=row)
+    for line in report + more:
+        print(line)
+    meta = write_folder(out, cells, names, dropped, fill_features, units, starts, read_unit, channels, options, args.workers, args.skip_bad)
+    print("\n".join(describe(out)))
+    print(f"done in {time.perf_counter() - begin:.1f} s; next: python train.py --data {args.out}" + ("" if meta["counts"]["treatments"] > 7 else " --batch 32"))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"prepare_bbbc021.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
