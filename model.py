@@ -49,12 +49,12 @@ class Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, n):
-        _, mean, rstd = torch.native_batch_norm(x[:n], None, None, None, None, True, 0.0, EPS)
+        y, mean, rstd = torch.native_batch_norm(x[:n], weight, bias, None, None, True, 0.0, EPS)
         var = rstd ** -2 - EPS  # biased
         ctx.save_for_backward(x, weight, mean, var)
         ctx.n = n
         ctx.mark_non_differentiable(mean, var)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, EPS), mean, var
+        return (y if n == len(x) else F.batch_norm(x, mean, var, weight, bias, False, 0.0, EPS)), mean, var
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -256,7 +256,7 @@ def standardise_table(G, table):
         raise InputError(f"{len(absent)} of the model's {len(G.features)} features are not in the table, first: "
                          f"{', '.join(absent[:5])}; the table needs CellProfiler's names with the object first (Nuclei_AreaShape_Area)")
     try:
-        raw = torch.as_tensor(table[G.features].to_numpy(dtype="float64")).to(G.centre.device)  # (N, F)
+        raw = torch.tensor(table[G.features].to_numpy(dtype="float64"), device=G.centre.device)  # (N, F)
     except (TypeError, ValueError) as error:
         raise InputError(f"a feature column of the table holds something that is no number ({error})") from None
     centre, scale = G.centre, G.scale

@@ -294,6 +294,7 @@ def simulated_unit(unit):
 METADATA = {"Single_Cell_Image_Id": "cell", "Multi_Cell_Image_Name": "field", "Image_Metadata_Plate_DAPI": "plate", "Image_Metadata_Well_DAPI": "well",
             "Replicate": "replicate", "Image_Metadata_Compound": "compound", "Image_Metadata_Concentration": "concentration", "moa": "moa"}
 KEY = "Single_Cell_Image_Id"
+CROPS_AT_ONCE = 256  # files in a unit of work
 
 
 def read_csv(source, **options):
@@ -821,8 +822,8 @@ def main(argv=None):
         stay, more = select(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
         cells, row = cells[stay].reset_index(drop=True), row[stay]
         files = [Path(args.crops) / field / (cell if cell.endswith(".npy") else cell + ".npy") for field, cell in zip(cells["field"], cells["cell"])]
-        starts = list(range(0, len(cells), 256))
-        units = [(files[i:i + 256], [stored.index(c) for c in channels]) for i in starts]
+        starts = list(range(0, len(cells), CROPS_AT_ONCE))
+        units = [(files[i:i + CROPS_AT_ONCE], [stored.index(c) for c in channels]) for i in starts]
         read_unit, fill_features = crops_unit, partial(fill_from_csv, table=args.features, names=names, row=row)
     for line in report + more:
         print(line)
