@@ -40,8 +40,9 @@ TRAIN_SAMPLE = 2000  # training cells, drawn by the seed, that give the mean ima
 WELL_COLUMNS = ["plate", "well", "compound", "concentration", "moa"]
 RECORD = ["who", "quantity", "value", "low", "high", "n", "extractor"]
 PUBLISHED = {  # on BBBC021; N, reference set and tool are not stated there (MIDL 2023, Table 1 and 4.2; CytoGAN's Table 1)
-    "cp2image": {"FID": "68.42 ± 1.9", "share r > 0.5": "over 0.30"}, "vae": {"FID": "351.96 ± 5.3"}, "vaeplus": {"FID": "27.98 ± 3.8", "NSC": "0.90"},
-    "lsgan": {"FID": "24.79 ± 2.0", "NSC": "0.43"}, "dcgan": {"NSC": "0.45"}, "wgan": {"NSC": "0.63"}}
+    "cp2image": {"FID": "68.42 ± 1.9", "share r > 0.5": "over 0.30"}, "vae": {"FID": "351.96 ± 5.3"},
+    "vaeplus": {"FID": "27.98 ± 3.8", "NSC": "0.90"}, "lsgan": {"FID": "24.79 ± 2.0", "NSC": "0.43"},
+    "dcgan": {"NSC": "0.45"}, "wgan": {"NSC": "0.63"}}
 HEADLINES = r"pixel loss|nucleus found|share r > 0.5|(FID|KID|FD-CP\d+|KID-CP\d+|precision|recall)(-CP\d+)?|NSCB?"
 
 
@@ -104,7 +105,8 @@ class Inception(nn.Module):
                                                       branch3x3dbl=[(64, 1), (96, 3), (96, 3)]))
         self.Mixed_6a = Mixed(288, nn.MaxPool2d(3, 2), branch3x3=[(384, 3, 2, 0)], branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2, 0)])
         for letter, c in (("b", 128), ("c", 160), ("d", 160), ("e", 192)):  # 17 x 17
-            self.add_module(f"Mixed_6{letter}", Mixed(768, average, 192, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, (1, 7)), (192, (7, 1))],
+            self.add_module(f"Mixed_6{letter}", Mixed(768, average, 192, branch1x1=[(192, 1)],
+                                                      branch7x7=[(c, 1), (c, (1, 7)), (192, (7, 1))],
                                                       branch7x7dbl=[(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))]))
         self.Mixed_7a = Mixed(768, nn.MaxPool2d(3, 2), branch3x3=[(192, 1), (320, 3, 2, 0)],
                               branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)])
@@ -144,9 +146,9 @@ def load_inception(path, device="cpu"):
 def inception_features(net, images, batch=64):
     """Features (N, 2048) float32 of images (N, 3, H, W) uint8, TF32 off. For channel c alone, as grey: images[:, [c, c, c]]."""
     assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[1] == 3 and not net.training, (images.shape, images.dtype)
-    device = next(net.parameters()).device
+    x = torch.tensor(images, device=next(net.parameters()).device)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return np.concatenate([net(torch.tensor(images[i], device=device).float() / 255).cpu().numpy() for i in batches(len(images), batch)])
+        return torch.cat([net(x[i].float() / 255) for i in batches(len(x), batch)]).cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ def mmd2(x, y):
 def kid(x, y, subset=None, subsets=100, seed=0):
     """Kernel Inception distance of x (N, d) and y (M, d): mean and sd (ddof 0) of mmd2 over random subsets without replacement.
 
-    `subset` rows come from each set: min(1000, half the smaller set) unless given; a larger one than the set is a InputError.
+    `subset` rows come from each set: min(1000, half the smaller set) unless given; a larger one than the set is an InputError.
     """
     x, y = check_sets(x, y, least=4)
     least = min(len(x), len(y))
@@ -267,9 +269,9 @@ def neighbour_radii(x, ks):
 def precision_recall_density_coverage(real, fake, k=3, k_density=5):
     """Are the fakes (M, d) like real cells (N, d), and do they reach all? {"precision", "recall", "density", "coverage"}.
 
-    A cell's ball reaches to its k-th nearest other cell of the same set. Precision: share of fakes in a real ball; recall: share of real cells
-    in a fake ball (Kynkäänniemi et al. 2019). Density: real balls around a fake, mean over k_density (can exceed 1); coverage: share of real
-    balls, of k_density, that hold a fake (Naeem et al. 2020).
+    A cell's ball reaches to its k-th nearest other cell of the same set. Precision: share of fakes in a real ball; recall: share of real
+    cells in a fake ball (Kynkäänniemi et al. 2019). Density: real balls around a fake, mean over k_density (can exceed 1); coverage: share
+    of real balls, of k_density, that hold a fake (Naeem et al. 2020).
     """
     real, fake = check_sets(real, fake, least=max(k, k_density) + 1)
     radius, radius_density = neighbour_radii(real, [k, k_density])  # (N,) each
@@ -291,12 +293,13 @@ def precision_recall_density_coverage(real, fake, k=3, k_density=5):
 
 
 def robust_z(frame, space):
-    """Measurements (N rows) -> robust z-scores (N, F kept) = (v - median) / (1.4826 MAD), clipped to +-10; a missing value is 0, the median.
+    """Measurements (N rows) -> robust z-scores (N, F kept) = (v - median) / (1.4826 MAD), clipped to +-10; missing = 0, the median.
 
     InputError for other columns than those of `space`, an infinite value, or cells without any measurement: count them and leave them out.
     """
     if list(frame) != space["names"]:
-        raise InputError(f"{len(frame.columns)} measurements, first {list(frame)[:3]}; expected {len(space['names'])}, first {space['names'][:3]}")
+        raise InputError(f"{len(frame.columns)} measurements, first {list(frame)[:3]}; expected {len(space['names'])}, "
+                         f"first {space['names'][:3]}")
     values = frame.to_numpy(np.float64)
     if empty := np.isnan(values).all(1).sum() if len(values) else 0:
         raise InputError(f"{empty} of {len(values)} cells have no measurement: count them and leave them out")
@@ -397,91 +400,73 @@ def treatment_profiles(wells, features, average="mean"):
         raise InputError("no well has a known mechanism of action")
     batch = wells["plate"].astype(str).str.split("_").str[0]
     groups = wells.assign(concentration=wells["concentration"].astype(float), batch=batch).groupby(["compound", "concentration", "moa"])
-    return groups["batch"].agg(batches=lambda b: tuple(sorted(set(b))), n_wells="size").join(groups[list(features)].agg(average)).reset_index()
+    about = groups["batch"].agg(batches=lambda b: tuple(sorted(set(b))), n_wells="size")
+    return about.join(groups[list(features)].agg(average)).reset_index()
 
 
-def nearest_profiles(profiles, compounds, batches=None):
-    """Nearest admissible profile by cosine: index (T,), distance (T,), and who is admissible for whom (T, T).
+def nsc(profiles, compounds, moas, batches=None, seed=0, draws=1000):
+    """Mechanism of action from the nearest profile (cosine) of another compound (NSC) and, given `batches`, batch (NSCB).
 
-    Admissible: of another compound and, given `batches` (a tuple a treatment), none in common. InputError for a zero profile.
+    profiles (T, F), compounds and moas (T,), batches a tuple a treatment. A treatment is scorable if an admissible profile shares its
+    mechanism; others leave the denominator; InputError if none is, or for a profile of zeros (Ljosa et al. 2013). Returns accuracy, correct, n,
+    interval (95 %, whole compounds resampled), accuracy_per_compound (each weighs the same), null_mean, null_sd, p (mechanisms shuffled
+    among the compounds), and tables treatments, per_compound, confusion (true x predicted).
     """
-    x, compounds = check_sets(profiles, least=2)[0].astype(np.float64), np.asarray(compounds)
+    x, compounds, moas = check_sets(profiles, least=2)[0].astype(np.float64), np.asarray(compounds), np.asarray(moas)
     length = np.linalg.norm(x, axis=1, keepdims=True)
     if not length.all():
         raise InputError(f"{(length == 0).sum()} of {len(x)} profiles are all zero: {compounds[length.argmin()]}, ...; no cosine")
-    admissible = compounds[:, None] != compounds
+    admissible = compounds[:, None] != compounds  # (T, T)
     if batches is not None:
         admissible &= np.array([[set(a).isdisjoint(b) for b in batches] for a in batches])
     distance = np.where(admissible, 1 - (x / length) @ (x / length).T, np.inf)
-    return distance.argmin(1), distance.min(1), admissible
+    nearest = distance.argmin(1)
 
+    def score(moas):
+        return moas[nearest] == moas, (admissible & (moas[:, None] == moas)).any(1)  # correct, scorable
 
-def nsc(profiles, compounds, moas, batches=None):
-    """Mechanism of action from the nearest profile of another compound (NSC) and, given `batches`, batch (NSCB) (Ljosa et al. 2013).
-
-    profiles (T, F), compounds and moas (T,), batches a tuple a treatment. A treatment is scorable if an admissible profile shares its
-    mechanism; others leave the denominator; InputError if none is. Returns accuracy, correct, n, accuracy_per_compound (each compound weighs
-    the same) and tables treatments, per_compound, confusion (true x predicted).
-    """
-    compounds, moas = np.asarray(compounds), np.asarray(moas)
-    nearest, distance, admissible = nearest_profiles(profiles, compounds, batches)
-    table = pd.DataFrame({"compound": compounds, "moa": moas, "nearest": nearest, "distance": distance, "predicted": moas[nearest],
-                          "correct": moas[nearest] == moas, "scorable": (admissible & (moas[:, None] == moas)).any(1)})
-    scored = table[table["scorable"]]
-    if not len(scored):
-        raise InputError(f"none of {len(table)} treatments has an admissible neighbour of its own mechanism")
+    correct, scorable = score(moas)
+    if not scorable.any():
+        raise InputError(f"none of {len(x)} treatments has an admissible neighbour of its own mechanism")
+    table = pd.DataFrame({"compound": compounds, "moa": moas, "nearest": nearest, "distance": distance.min(1), "predicted": moas[nearest],
+                          "correct": correct, "scorable": scorable})
+    scored = table[scorable]
     per_compound = scored.groupby(["compound", "moa"])["correct"].agg(correct="sum", n="size", accuracy="mean").reset_index()
-    return {"accuracy": float(scored["correct"].mean()), "correct": int(scored["correct"].sum()), "n": len(scored),
-            "accuracy_per_compound": float(per_compound["accuracy"].mean()), "treatments": table, "per_compound": per_compound,
-            "confusion": pd.crosstab(scored["moa"], scored["predicted"])}
-
-
-def permutation_null(profiles, compounds, moas, batches=None, n=1000, seed=0):
-    """Accuracies (n,) of NSC or NSCB with mechanisms shuffled among the compounds; shuffles that leave none scorable are skipped."""
-    nearest, _, admissible = nearest_profiles(profiles, compounds, batches)
+    counts, accuracy = per_compound[["correct", "n"]].to_numpy(), correct[scorable].mean()
     _, first, which = np.unique(compounds, return_index=True, return_inverse=True)
-    moa_of, rng, values = np.asarray(moas)[first], np.random.default_rng(seed), []
-    for _ in range(n):
-        shuffled = rng.permutation(moa_of)[which]  # (T,)
-        scorable = (admissible & (shuffled[:, None] == shuffled)).any(1)
-        if scorable.any():
-            values.append((shuffled[nearest] == shuffled)[scorable].mean())
-    return np.array(values)
+    random = np.random.default_rng(seed)
+    shuffled = (score(random.permutation(moas[first])[which]) for _ in range(draws))
+    null = np.array([right[there].mean() for right, there in shuffled if there.any()])
+    return {"accuracy": float(accuracy), "correct": int(correct[scorable].sum()), "n": len(scored), "treatments": table,
+            "per_compound": per_compound, "interval": bootstrap(lambda w: (w @ counts)[:, :1] / (w @ counts)[:, 1:], len(counts), seed)[:, 0].tolist(),
+            "accuracy_per_compound": float(per_compound["accuracy"].mean()), "confusion": pd.crosstab(scored["moa"], scored["predicted"]),
+            "null_mean": float(null.mean()), "null_sd": float(null.std()), "p": float((1 + (null >= accuracy).sum()) / (1 + len(null)))}
 
 
 def score_profiles(wells, features, normalise="z", average="mean", seed=0):
-    """NSC and NSCB of a table of well profiles (WELL_COLUMNS and `features`): plates normalised, treatments averaged and scored.
-
-    Each is what nsc returns, with `interval` (95 %, whole compounds resampled) and `null_mean`, `null_sd`, `p` of the permutation null; or
-    {"absent": reason}.
-    """
+    """{"NSC", "NSCB": what nsc returns, or {"absent": reason}} of well profiles (WELL_COLUMNS and `features`), plates normalised first."""
     features, result = list(features), {}
     x = normalise_plates(wells[features], wells["plate"], wells["compound"] == "DMSO", normalise)
     t = treatment_profiles(pd.concat([wells[WELL_COLUMNS], pd.DataFrame(x, wells.index, features)], axis=1), features, average)
-    for name, batches in (("NSC", None), ("NSCB", t["batches"])):
+    for name, weeks in (("NSC", None), ("NSCB", t["batches"])):
         try:
-            score = nsc(t[features], t["compound"], t["moa"], batches)
+            result[name] = nsc(t[features], t["compound"], t["moa"], weeks, seed)
+            result[name]["treatments"].insert(1, "concentration", t["concentration"])
         except InputError as error:
             result[name] = {"absent": str(error)}
-            continue
-        null = permutation_null(t[features], t["compound"], t["moa"], batches, seed=seed)
-        counts = score["per_compound"][["correct", "n"]].to_numpy()
-        interval = bootstrap(lambda w: (w @ counts)[:, :1] / (w @ counts)[:, 1:], len(counts), seed)[:, 0].tolist()
-        score["treatments"].insert(1, "concentration", t["concentration"])
-        result[name] = score | {"interval": interval, "null_mean": float(null.mean()), "null_sd": float(null.std()),
-                                "p": float((1 + (null >= score["accuracy"]).sum()) / (1 + len(null)))}
     return result
 
 
 def read_profiles(path, image_csv=None, moa=None):
-    """A CSV of well profiles, with what --image-csv says of its wells and --moa of its treatments -> table with WELL_COLUMNS, feature names."""
+    """A CSV of well profiles, what --image-csv says of its wells and --moa of its treatments -> table (WELL_COLUMNS, features), features."""
     def read(path):
-        table = prepare.read_csv(path)
-        return table.rename(columns={c: name for c in table if (name := re.sub("^(Image_)?Metadata_|_DAPI$", "", c).lower()) in WELL_COLUMNS})
+        bare = lambda name: re.sub("^(Image_)?Metadata_|_DAPI$", "", name).lower()  # Image_Metadata_Plate_DAPI -> plate
+        return prepare.read_csv(path).rename(columns=lambda c: bare(c) if bare(c) in WELL_COLUMNS else c)
 
     table = read(path)
     features, _, others = prepare.sort_columns(table.columns)
-    features = features or [c for c in others if c not in [*WELL_COLUMNS, "n_cells"] and pd.to_numeric(table[c], errors="coerce").notna().any()]
+    if not features:  # not CellProfiler's: all that is a number
+        features = [c for c in others if c not in [*WELL_COLUMNS, "n_cells"] and pd.to_numeric(table[c], errors="coerce").notna().any()]
     about = table[[c for c in WELL_COLUMNS if c in table]]
     if image_csv and {"plate", "well"} <= set(about):
         image = read(image_csv)
@@ -495,8 +480,8 @@ def read_profiles(path, image_csv=None, moa=None):
         about = about.assign(moa=[known.get((c, float(v)), "unknown") for c, v in zip(about["compound"], about["concentration"])])
     if absent := [c for c in WELL_COLUMNS if c not in about]:
         raise InputError(f"{path}: lacks {', '.join(absent)}; --image-csv names the compound of each well, --moa the mechanisms")
-    if not features or about.duplicated(["plate", "well"]).any():
-        raise InputError(f"{path}: {len(features)} columns are measurements, {about.duplicated(['plate', 'well']).sum()} rows repeat a well; expected one row a well")
+    if not features or (twice := about.duplicated(["plate", "well"]).sum()):
+        raise InputError(f"{path}: {f'{twice} rows repeat a well' if features else 'no column is a measurement'}; expected one row a well")
     return pd.concat([about, table[features].apply(pd.to_numeric, errors="coerce")], axis=1), features
 
 
@@ -537,16 +522,16 @@ def quantities(x, channels):
     Mean and sd of each channel over the picture; area (pixels), mean DAPI, and the direction of the nucleus as two numbers in -1..1:
     upright (tall +1, wide -1) and slanted (down-right +1, up-right -1), both 0 for a round one.
     """
-    x, rows = np.asarray(x, np.float64), []
-    for picture in x:
+    names = [*(f"mean {c}" for c in channels), *(f"sd {c}" for c in channels),
+             "nucleus area", f"nucleus mean {channels[0]}", "nucleus upright", "nucleus slanted"]
+    values = np.full((len(x), len(names)), np.nan)
+    for i, picture in enumerate(np.asarray(x, np.float64)):
         mask = central_nucleus(picture[0])
-        rows.append(np.full(2 * len(channels) + 4, np.nan))
         if mask is not None:
-            row, col = np.nonzero(mask)
-            (rr, rc), (_, cc) = np.cov(row, col)
-            rows[-1][:] = [*picture.mean((1, 2)), *picture.std((1, 2)), mask.sum(), picture[0][mask].mean(), (rr - cc) / (rr + cc), 2 * rc / (rr + cc)]
-    names = [f"mean {c}" for c in channels] + [f"sd {c}" for c in channels]
-    return pd.DataFrame(rows, columns=[*names, "nucleus area", f"nucleus mean {channels[0]}", "nucleus upright", "nucleus slanted"])
+            (rr, rc), (_, cc) = np.cov(*np.nonzero(mask))
+            shape = mask.sum(), picture[0][mask].mean(), (rr - cc) / (rr + cc), 2 * rc / (rr + cc)
+            values[i] = *picture.mean((1, 2)), *picture.std((1, 2)), *shape
+    return pd.DataFrame(values, columns=names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -606,7 +591,7 @@ def contestants(G, folder, rows, some, seed, device):
 
 @torch.no_grad()
 def look(draw, D, n, channels, device):
-    """Every contestant's pictures of n cells, a batch at a time: pixel and hidden loss of each cell {name: (n, 2)}, measurements {name: frame}."""
+    """Every contestant's pictures of n cells, by batches: pixel and hidden loss of each cell {name: (n, 2)}, measurements {name: frame}."""
     losses, seen = {name: [] for name in draw}, {name: [] for name in draw}
     for i in batches(n):
         x = draw["real"](i)
@@ -635,9 +620,11 @@ def paired_records(losses, seen, seed):
 
         def statistic(weights):
             r = correlations(real, other, weights)
-            return np.column_stack([weights @ losses[who] / n, weights @ found / n, (r > 0.5).mean(1), r])  # an undefined r stays in the share
-        pairs = (np.isfinite(real) & np.isfinite(other)).sum(0)
-        records += zip([who] * len(names), names, statistic(np.ones((1, n)))[0], *bootstrap(statistic, n, seed), [n, n, n, n, *pairs], extractor)
+            return np.column_stack([weights @ losses[who] / n, weights @ found / n, (r > 0.5).mean(1), r])  # undefined r stay in the share
+
+        value, interval = statistic(np.ones((1, n)))[0], bootstrap(statistic, n, seed)
+        counts = [n, n, n, n, *(np.isfinite(real) & np.isfinite(other)).sum(0)]
+        records += zip([who] * len(names), names, value, *interval, counts, extractor)
     return records
 
 
@@ -656,8 +643,8 @@ def distance_records(features, draw, frechet, suffix, extractor, subset, seed):
             continue
         distance = frechet_distance(real, fake)
         floor = distance if who == "real" else floor
-        values = {frechet: distance, f"{frechet} minus floor": distance - floor, f"{frechet} infinity": fid_infinity(real, fake)[0], "KID": mean,
-                  "KID sd": sd} | precision_recall_density_coverage(real, fake)
+        values = {frechet: distance, f"{frechet} minus floor": distance - floor, f"{frechet} infinity": fid_infinity(real, fake)[0],
+                  "KID": mean, "KID sd": sd} | precision_recall_density_coverage(real, fake)
         records += [(who, name + suffix, v, np.nan, np.nan, len(fake), extractor) for name, v in values.items()]
     return records, absent
 
@@ -670,10 +657,11 @@ def moa_records(who, scores):
             absent[f"{name} of {who}"] = s["absent"]
             continue
         treatments.append(s["treatments"].assign(who=who, score=name))
-        records += [(who, name, s["accuracy"], *s["interval"], s["n"], "profiles"),
-                    (who, f"{name} per compound", s["accuracy_per_compound"], np.nan, np.nan, len(s["per_compound"]), "profiles"),
-                    (who, f"{name} of permuted labels", s["null_mean"], s["null_mean"] - s["null_sd"], s["null_mean"] + s["null_sd"], s["n"], "profiles"),
-                    (who, f"{name} p", s["p"], np.nan, np.nan, s["n"], "profiles")]
+        null = s["null_mean"], s["null_mean"] - s["null_sd"], s["null_mean"] + s["null_sd"]
+        for what, values, n in ((name, (s["accuracy"], *s["interval"]), s["n"]), (f"{name} of permuted labels", null, s["n"]),
+                                (f"{name} per compound", (s["accuracy_per_compound"], np.nan, np.nan), len(s["per_compound"])),
+                                (f"{name} p", (s["p"], np.nan, np.nan), s["n"])):
+            records.append((who, what, *values, n, "profiles"))
     return records, absent, treatments
 
 
@@ -703,7 +691,7 @@ def judge(G, D, folder, rows, seed, device, net=None, subset=None):
         for suffix, pick in views.items() if net else []:
             results.append(distance_records(partial(in_inception, pick=pick), draw, "FID", suffix, "inception", subset, seed))
         notes = {"cells a side": half, "reference cells measured": int(found["real"][:half].sum()),
-                 "training cells measured": f"{len(known)} of {len(some)}", "measurements": list(known), "measurements dropped": space["dropped"]}
+                 "training cells measured": f"{len(known)} of {len(some)}", "measurements": list(known), "dropped": space["dropped"]}
     cells, treatments = folder.cells[WELL_COLUMNS].iloc[rows].reset_index(drop=True), []
     for who, frame in {"input CP vectors": pd.DataFrame(folder.raw[rows], columns=folder.features), **seen}.items():
         try:
@@ -719,12 +707,12 @@ def judge(G, D, folder, rows, seed, device, net=None, subset=None):
 
 
 def compare_runs(labels, tables, kinds):
-    """One row a model (or baseline) and quantity: mean and sd (ddof 1) over its runs, every value, and what the paper says; the same as Markdown.
+    """A row for each model (or baseline) and quantity: mean and sd (ddof 1) over its runs, all values, the paper's; and as Markdown.
 
     kinds: {label: the model's name in PUBLISHED}. The baselines are those of the first run.
     """
-    parts = [t[t["who"] == "generated"].assign(who=label) for label, t in zip(labels, tables)] + [tables[0][tables[0]["who"] != "generated"]]
-    long = pd.concat(parts).groupby(["who", "quantity"], sort=False)["value"].agg(
+    parts = [t[t["who"] == "generated"].assign(who=label) for label, t in zip(labels, tables)]
+    long = pd.concat([*parts, tables[0][tables[0]["who"] != "generated"]]).groupby(["who", "quantity"], sort=False)["value"].agg(
         mean="mean", sd="std", runs="count", values=lambda v: " ".join(f"{x:.6g}" for x in v)).reset_index()
     published = {who: PUBLISHED.get(kinds.get(who), {}) for who in long["who"]}
     long["paper, not comparable"] = [published[who].get(quantity, "") for who, quantity in zip(long["who"], long["quantity"])]
@@ -733,8 +721,8 @@ def compare_runs(labels, tables, kinds):
     wide = wide.reindex(index=long["who"].unique(), columns=[q for q in long["quantity"].unique() if q in wide]).fillna("-")
     wide.insert(0, "runs", long.groupby("who")["runs"].max())
     wide["paper, not comparable"] = ["; ".join(f"{k} {v}" for k, v in published[who].items()) for who in wide.index]
-    lines = [["model", *wide.columns], ["---"] * (wide.shape[1] + 1), *([who, *map(str, row)] for who, row in zip(wide.index, wide.to_numpy()))]
-    return long, "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [["model", *wide.columns], ["---"] * (wide.shape[1] + 1), *wide.reset_index().to_numpy()]
+    return long, "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -781,13 +769,15 @@ def write_results(out, about, table, absent, treatments):
 
 
 def draw_plots(path, table, treatments):
-    """Fig 4a (sorted r of every measurement) and the confusion matrix of the first NSC, of the generated cells if there is one, as a PNG."""
+    """Fig 4a (sorted r of every measurement) and the confusion matrix of one NSC, of the generated cells where there is one, as a PNG."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print("no plots: matplotlib is not installed; the numbers are complete")
     figure = Figure((14, 6), layout="constrained")
     left, right = figure.subplots(1, 2)
+    left.set_visible("profiles" not in set(table["who"]))
+    right.set_visible(bool(treatments))
     left.set(xlabel="measurement, sorted", ylabel="Pearson's r with the real cell (undefined: 0)", ylim=(-1, 1))
     for who, rows in table[table["quantity"].str.startswith("r ") & (table["who"] != "real")].groupby("who", sort=False):
         left.plot(np.sort(rows["value"].fillna(0))[::-1], ".-", label=who)
@@ -805,15 +795,15 @@ def print_report(table, absent):
     """The table of values, what is absent and why, and whether the generator beats retrieval."""
     wide = table.pivot(index="quantity", columns="who", values="value").reindex(table["quantity"].unique())[list(table["who"].unique())]
     pearson = wide.index.str.startswith("r ")
-    wide = wide if pearson.sum() <= 20 else wide[~pearson]
-    print(wide.to_string(float_format=lambda v: f"{v:.4f}" if abs(v) < 10 else f"{v:.1f}", na_rep="-"))
+    shown = wide if pearson.sum() <= 20 else wide[~pearson]
+    print(shown.to_string(float_format=lambda v: f"{v:.4f}" if abs(v) < 10 else f"{v:.1f}", na_rep="-"))
     for reason in dict.fromkeys(absent.values()):
         print(f"absent: {', '.join(k for k, v in absent.items() if v == reason)}: {reason}")
-    if "generated" in wide:
-        ours, retrieved = (table[table["who"] == who].set_index("quantity")["value"] for who in ("generated", "nearest training cell"))
-        lost = [q for q in ours.index if q.startswith("r ") and not ours[q] > retrieved[q] or q == "pixel loss" and not ours[q] < retrieved[q]]
-        print(f"the generator does NOT beat retrieval on {len(lost)} of {pearson.sum() + 1}: {', '.join(lost[:10])}" if lost else
-              "the generator beats retrieval everywhere")
+    ahead = wide["generated"] - wide["nearest training cell"]
+    ahead["pixel loss"] *= -1
+    lost = [q for q in ["pixel loss", *wide.index[pearson]] if not ahead[q] > 0]
+    print(f"the generator does NOT beat retrieval on {len(lost)} of {pearson.sum() + 1}: {', '.join(lost[:10])}" if lost else
+          "the generator beats retrieval everywhere")
 
 
 def score_table(args):
@@ -821,17 +811,17 @@ def score_table(args):
     table, features = read_profiles(args.profiles, args.image_csv, args.moa)
     scores = score_profiles(table, features, args.normalise, args.average, args.seed)
     records, absent, treatments = moa_records("profiles", scores)
-    print(f"{args.profiles}: {len(table)} wells, {table['plate'].nunique()} plates, {len(features)} features; plates scaled by their DMSO wells: "
-          f"{args.normalise}; treatments by {args.average}; cosine, 1 nearest neighbour")
+    print(f"{args.profiles}: {len(table)} wells, {table['plate'].nunique()} plates, {len(features)} features; plates scaled by their DMSO "
+          f"wells: {args.normalise}; treatments by {args.average}; cosine, 1 nearest neighbour")
     for name, s in scores.items():
         if "absent" not in s:
             print(s["confusion"].to_string() + "\n" if name == "NSC" else "", end="")
-            print(f"{name} {s['correct']}/{s['n']} = {s['accuracy']:.1%} (95 % {s['interval'][0]:.1%} to {s['interval'][1]:.1%}, compounds resampled), "
+            print(f"{name} {s['correct']}/{s['n']} = {s['accuracy']:.1%} (95 % {s['interval'][0]:.1%} to {s['interval'][1]:.1%}), "
                   f"per compound {s['accuracy_per_compound']:.1%}; permuted labels {s['null_mean']:.1%} ± {s['null_sd']:.1%}, p {s['p']:.3f}")
     print("".join(f"absent: {what}: {why}\n" for what, why in absent.items()), end="")
     if args.out:
-        about = {"profiles": args.profiles, "wells": len(table), "features": len(features), "normalise": args.normalise, "average": args.average,
-                 "split": "all", "seed": args.seed}
+        about = {"profiles": args.profiles, "wells": len(table), "features": len(features), "normalise": args.normalise,
+                 "average": args.average, "split": "all", "seed": args.seed}
         write_results(Path(args.out), about, pd.DataFrame(records, columns=RECORD), absent, treatments)
 
 
@@ -850,7 +840,7 @@ def parse(argv):
     add("--data", metavar="DIR", help="prepared folder (prepare_bbbc021.py --out)")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", metavar="RUN", help="a run's folder (its last.pt is used) or a checkpoint file, RUN/best.pt")
-    what.add_argument("--runs", metavar="RUN", nargs="+", help="runs named <model>-seed<n>: mean ± sd over the seeds of each model, side by side")
+    what.add_argument("--runs", metavar="RUN", nargs="+", help="runs named <model>-seed<n>: mean ± sd over seeds, models side by side")
     what.add_argument("--profiles", metavar="TABLE", help="score a CSV of well profiles instead; needs no run")
     add("--split", default="test", choices=["train", "val", "test"], help="which cells are judged (default test)")
     add("--out", metavar="DIR", help="where the results go (default RUN/eval; needed with --runs)")
@@ -862,8 +852,8 @@ def parse(argv):
     add("--grid", type=int, default=13, metavar="N", help="cells in grid.png, originals above one row a model (default 13)")
     add("--image-csv", metavar="FILE", help="with --profiles: BBBC021_v1_image.csv, which compound each well has")
     add("--moa", metavar="FILE", help="with --profiles: BBBC021_v1_moa.csv, the mechanism of each treatment")
-    add("--normalise", choices=["z", "percentile", "mad", "none"], default="z", help="with --profiles: scale of a plate by its DMSO wells (default z)")
-    add("--average", choices=["mean", "median"], default="mean", help="with --profiles: a treatment's profile from its wells' (default mean)")
+    add("--normalise", choices=["z", "percentile", "mad", "none"], default="z", help="with --profiles: plates, by DMSO wells (default z)")
+    add("--average", choices=["mean", "median"], default="mean", help="with --profiles: wells to treatments (default mean)")
     args = parser.parse_args(argv)
     if not args.profiles and not args.data or args.runs and not args.out:
         parser.error("--run and --runs need --data DIR, --runs also --out DIR")
@@ -880,7 +870,7 @@ def main(argv=None):
     device, folder = pick_device(args.device), data.open_folder(args.data)
     opened = [open_run(folder, run, device) for run in args.runs or [args.run]]
     if len({(name, settings["seed"]) for _, _, settings, _, name in opened}) < len(opened) or len({G.image_norm for G, *_ in opened}) > 1:
-        raise InputError("--runs: expected one --image-norm, and for each model (folder name without -seed<n>) different seeds; rename folders")
+        raise InputError("--runs: expected one --image-norm, and different seeds for each model (folder name without -seed<n>)")
     rows = choose_cells(folder, args.split, args.n, args.seed)
     if args.subset and args.subset > len(rows) // 2:
         raise InputError(f"--subset {args.subset}: larger than the {len(rows) // 2} cells on each side")
@@ -891,8 +881,8 @@ def main(argv=None):
     tables, kinds, pictures = [], {}, {"original": images_of(folder, rows[:args.grid], opened[0][0])}
     for G, D, settings, checkpoint, name in opened:
         table, absent, treatments, notes = judge(G, D, folder, rows, args.seed, device, net, args.subset)
-        about = {"data": str(args.data), "checkpoint": str(checkpoint), "step": G.step, "settings": settings, "split": args.split, "seed": args.seed,
-                 "cells": len(rows), "channels": folder.channels, "inception": INCEPTION_SHA256 if net else None,
+        about = {"data": str(args.data), "checkpoint": str(checkpoint), "step": G.step, "settings": settings, "split": args.split,
+                 "seed": args.seed, "cells": len(rows), "channels": folder.channels, "inception": INCEPTION_SHA256 if net else None,
                  "interval": "95 %, 1000 bootstrap draws of cells; NSC: of compounds; permuted labels: ± sd",
                  "floor": "the distances of real: real cells of the judged half from those of the reference half", **notes}
         print(f"{checkpoint} at step {G.step}, {len(rows)} {args.split} cells of {args.data}, {len(rows) // 2} on each side of a distance; "
@@ -909,7 +899,8 @@ def main(argv=None):
     if args.runs:
         long, text = compare_runs([name for *_, name in opened], tables, kinds)
         write_atomically(out / "comparison.csv", long.to_csv(index=False, float_format="%.6g"))
-        write_atomically(out / "comparison.md", f"{len(rows)} {args.split} cells of {args.data}, seed {args.seed}; ± sd (ddof 1) over runs\n\n{text}")
+        title = f"{len(rows)} {args.split} cells of {args.data}, seed {args.seed}; ± sd (ddof 1) over runs"
+        write_atomically(out / "comparison.md", f"{title}\n\n{text}")
         print(text, end="")
     print(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
 

@@ -904,7 +904,7 @@ def test_mechanisms_of_a_folder(judged):
     assert len(treatments) == 48 and treatments["correct"].all() and set(treatments["concentration"]) == {0, 1}
     hole = wells.copy()
     hole.loc[3, features[2]] = np.nan
-    for table, text in ((hole, "1 of 3360 values are NaN"), (wells.drop(columns="moa"), "lacks moa; --image-csv"), (wells[[*evaluate.WELL_COLUMNS]], "0 columns are"),
+    for table, text in ((hole, "1 of 3360 values are NaN"), (wells.drop(columns="moa"), "lacks moa; --image-csv"), (wells[[*evaluate.WELL_COLUMNS]], "no column is"),
                         (pd.concat([wells, wells[:2]]), "2 rows repeat a well")):
         table.to_csv(judged / "bad.csv", index=False)
         refuses(text, evaluate.main, ["--profiles", str(judged / "bad.csv")])
