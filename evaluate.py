@@ -408,8 +408,8 @@ def nsc(profiles, compounds, moas, batches=None, seed=0, draws=1000):
     """Mechanism of action from the nearest profile (cosine) of another compound (NSC) and, given `batches`, batch (NSCB).
 
     profiles (T, F), compounds and moas (T,), batches a tuple a treatment. A treatment is scorable if an admissible profile shares its
-    mechanism; others leave the denominator; InputError if none is, or for a profile of zeros (Ljosa et al. 2013). Returns accuracy, correct, n,
-    interval (95 %, whole compounds resampled), accuracy_per_compound (each weighs the same), null_mean, null_sd, p (mechanisms shuffled
+    mechanism; others leave the denominator; InputError if none is, or for a profile of zeros. Returns accuracy, correct,
+    n, interval (95 %, whole compounds resampled), accuracy_per_compound (each weighs the same), null_mean, null_sd, p (mechanisms shuffled
     among the compounds), and tables treatments, per_compound, confusion (true x predicted).
     """
     x, compounds, moas = check_sets(profiles, least=2)[0].astype(np.float64), np.asarray(compounds), np.asarray(moas)
@@ -433,13 +433,14 @@ def nsc(profiles, compounds, moas, batches=None, seed=0, draws=1000):
     scored = table[scorable]
     per_compound = scored.groupby(["compound", "moa"])["correct"].agg(correct="sum", n="size", accuracy="mean").reset_index()
     counts, accuracy = per_compound[["correct", "n"]].to_numpy(), correct[scorable].mean()
+    interval = bootstrap(lambda w: (w @ counts)[:, :1] / (w @ counts)[:, 1:], len(counts), seed)[:, 0].tolist()
     _, first, which = np.unique(compounds, return_index=True, return_inverse=True)
     random = np.random.default_rng(seed)
     shuffled = (score(random.permutation(moas[first])[which]) for _ in range(draws))
     null = np.array([right[there].mean() for right, there in shuffled if there.any()])
     return {"accuracy": float(accuracy), "correct": int(correct[scorable].sum()), "n": len(scored), "treatments": table,
-            "per_compound": per_compound, "interval": bootstrap(lambda w: (w @ counts)[:, :1] / (w @ counts)[:, 1:], len(counts), seed)[:, 0].tolist(),
-            "accuracy_per_compound": float(per_compound["accuracy"].mean()), "confusion": pd.crosstab(scored["moa"], scored["predicted"]),
+            "per_compound": per_compound, "interval": interval, "accuracy_per_compound": float(per_compound["accuracy"].mean()),
+            "confusion": pd.crosstab(scored["moa"], scored["predicted"]),
             "null_mean": float(null.mean()), "null_sd": float(null.std()), "p": float((1 + (null >= accuracy).sum()) / (1 + len(null)))}
 
 
@@ -458,7 +459,7 @@ def score_profiles(wells, features, normalise="z", average="mean", seed=0):
 
 
 def read_profiles(path, image_csv=None, moa=None):
-    """A CSV of well profiles, what --image-csv says of its wells and --moa of its treatments -> table (WELL_COLUMNS, features), features."""
+    """A CSV of well profiles, what --image-csv says of its wells and --moa of its treatments -> table (WELL_COLUMNS, features), names."""
     def read(path):
         bare = lambda name: re.sub("^(Image_)?Metadata_|_DAPI$", "", name).lower()  # Image_Metadata_Plate_DAPI -> plate
         return prepare.read_csv(path).rename(columns=lambda c: bare(c) if bare(c) in WELL_COLUMNS else c)
@@ -538,8 +539,8 @@ def quantities(x, channels):
 # Who is judged: the generator, beside real cells, retrieval, chance and the mean
 
 
-def batches(n, size=256, start=0):
-    return [slice(start + i, start + min(i + size, n)) for i in range(0, n, size)]
+def batches(stop, size=256, start=0):
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 def by_name(folder, rows):
@@ -817,7 +818,8 @@ def score_table(args):
         if "absent" not in s:
             print(s["confusion"].to_string() + "\n" if name == "NSC" else "", end="")
             print(f"{name} {s['correct']}/{s['n']} = {s['accuracy']:.1%} (95 % {s['interval'][0]:.1%} to {s['interval'][1]:.1%}), "
-                  f"per compound {s['accuracy_per_compound']:.1%}; permuted labels {s['null_mean']:.1%} ± {s['null_sd']:.1%}, p {s['p']:.3f}")
+                  f"per compound {s['accuracy_per_compound']:.1%}; permuted labels {s['null_mean']:.1%} ± {s['null_sd']:.1%}, "
+                  f"p {s['p']:.3f}")
     print("".join(f"absent: {what}: {why}\n" for what, why in absent.items()), end="")
     if args.out:
         about = {"profiles": args.profiles, "wells": len(table), "features": len(features), "normalise": args.normalise,

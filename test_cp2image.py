@@ -618,9 +618,11 @@ def test_components_are_the_long_axes():
 
 def test_distances_rank_good_blurred_shifted_and_collapsed_generators():
     mix = normal(40, 40, 9) / 6
-    train, reference, floor, good = (pd.DataFrame(normal(n, 40, s) @ mix, columns=[f"f{i}" for i in range(40)]) for n, s in ((2000, 0), (300, 1), (300, 2), (300, 3)))
+    train, reference, floor, good = (
+        pd.DataFrame(normal(n, 40, s) @ mix, columns=[f"f{i}" for i in range(40)]) for n, s in ((2000, 0), (300, 1), (300, 2), (300, 3)))
     space = evaluate.fit_cp_space(train, 15)
-    sets = {"real": floor, "good": good, "blurred": floor * 0.5, "shifted": floor + 2, "collapsed": floor * 0 + floor.iloc[0] + 0.01 * good, "few": good[:19]}
+    sets = {"real": floor, "good": good, "blurred": floor * 0.5, "shifted": floor + 2,
+            "collapsed": floor * 0 + floor.iloc[0] + 0.01 * good, "few": good[:19]}
 
     def found(seed):
         features = lambda who, half: (evaluate.robust_z(sets[who] if half else reference, space) - space["mean"]) @ space["axes"].T
@@ -811,13 +813,13 @@ def judged(tmp_path_factory):
     top = tmp_path_factory.mktemp("judged")
     prepare.main(["--simulate", "240", "--out", str(top / "data"), "--workers", "1"])
     folder = data.open_folder(top / "data")
-    for seed, name in ((0, "cp2image-seed0"), (1, "cp2image-seed1"), (0, "foreign")):
+    for seed, name in ((0, "cp2image-seed0"), (1, "cp2image-seed1"), (0, "foreign"), (0, "percentile-seed0")):
         torch.manual_seed(seed)
         G, D = model.Generator(len(folder.features)), model.Discriminator()
         (top / name).mkdir()
         identity = folder.identity() if name != "foreign" else dict.fromkeys(folder.identity(), "0")
         state = {"format": "cp2image-1", "model": "cp2image", "step": 7, "features": folder.features, "channels": folder.channels, "centre": folder.centre,
-                 "scale": folder.scale, "normalise": "train", "image_norm": "cell-max", "white": None, "G": G.state_dict(), "G_ema": None, "D": D.state_dict(),
+                 "scale": folder.scale, "normalise": "train", "image_norm": "percentile" if "percentile" in name else "cell-max", "white": folder.white, "G": G.state_dict(), "G_ema": None, "D": D.state_dict(),
                  "settings": {**vars(train.parse(["--data", "x"])), "seed": seed}, "identity": identity}
         torch.save(state, top / name / "last.pt")
     return top
@@ -842,7 +844,7 @@ def test_evaluate_writes_the_same_bytes_twice_and_every_number_with_its_conditio
     assert low < found["results"]["random training cell"]["pixel loss"]["value"] < high
     assert abs(found["results"]["random training cell"]["r nucleus area"]["value"]) < 0.4  # shuffled pairs
     assert found["results"]["mean training image"]["r nucleus area"]["value"] is None  # one picture for all: undefined, not 0
-    assert ours["nucleus found"]["n"] == 80 and ours["FD-CP2"]["n"] + real["FD-CP2"]["n"] > 40 if "FD-CP2" in ours else "FD-CP2 of generated" in found["absent"]
+    assert ours["nucleus found"]["n"] == 80 and real["FD-CP2"]["n"] > 30 and ("FD-CP2" in ours or "FD-CP2 of generated" in found["absent"])
     assert {"FID, KID", "NSC of real"} <= set(found["absent"]) and not any("FID" in q for who in found["results"].values() for q in who)
     about = found["about"]
     assert (about["split"], about["seed"], about["cells"], about["cells a side"], about["step"]) == ("train", 0, 80, 40, 7)
@@ -860,7 +862,8 @@ def test_order_and_batches_change_nothing(judged, monkeypatch):
     other = data.Folder(folder.path, folder.meta, folder.patches[order], folder.raw[order], folder.cells.iloc[order].reset_index(drop=True))
     tables = []
     for f, size in ((folder, 256), (other, 256), (folder, 17)):
-        monkeypatch.setattr(evaluate, "batches", lambda n, _=0, start=0, size=size: [slice(start + i, start + min(i + size, n - start)) for i in range(0, n - start, size)])
+        cut = lambda stop, _=0, start=0, size=size: [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+        monkeypatch.setattr(evaluate, "batches", cut)
         tables.append(evaluate.judge(G, D, f, evaluate.choose_cells(f, "train", 40, 3), 3, device)[0])
     for table in tables[1:]:
         assert table[["who", "quantity", "n"]].equals(tables[0][["who", "quantity", "n"]])
@@ -877,24 +880,26 @@ def test_runs_side_by_side(judged, capsys):
     text = (judged / "cmp/comparison.md").read_text()
     assert "FID 68.42 ± 1.9" in text and "not comparable" in text and text.count("cp2image | 2") == 1 and "nearest training cell | 1" in text
     assert json.loads((judged / "cmp/grid.json").read_text())["rows"] == ["original", "cp2image"]
-    refuses("different seeds", evaluate.main, [*common, "--runs", *[str(judged / "cp2image-seed0")] * 2])
+    for other in ("cp2image-seed0", "percentile-seed0"):
+        refuses("one --image-norm, and different seeds", evaluate.main, [*common, "--runs", str(judged / "cp2image-seed0"), str(judged / other)])
 
 
 @needs_shared
 def test_fid_of_the_command(judged, monkeypatch, rule_net):
     """With the fixture's weights: 20 cells a side. Real cells are nearer to real ones than pictures of an untrained generator, in every channel."""
     monkeypatch.setattr(evaluate, "load_inception", lambda path, device: rule_net[0])
-    monkeypatch.setattr(evaluate, "inception_features", lambda net, x: x.reshape(len(x), -1)[:, ::97].astype(np.float32) / 255)  # the network is tested above
+    fake_features = lambda net, x: x.reshape(len(x), -1)[:, ::97].astype(np.float32) / 255  # the network itself is tested above
+    monkeypatch.setattr(evaluate, "inception_features", fake_features)
     found = evaluate_run(judged, "--inception", "w", "--n", "20", out="fid")
     real, ours = found["results"]["real"], found["results"]["generated"]
     for name in ("FID", "FID DAPI", "FID Tubulin", "FID Actin"):
         assert real[name]["value"] < ours[name]["value"] and real[name]["extractor"] == "inception" and ours[name]["n"] == 20
     assert ours["FID minus floor"]["value"] == pytest.approx(ours["FID"]["value"] - real["FID"]["value"], rel=1e-4)
+    assert evaluate.batches(10, 4, 5) == [slice(5, 9), slice(9, 10)]  # the second half, in pieces
     assert "FID, KID" not in found["absent"] and found["about"]["inception"] == evaluate.INCEPTION_SHA256
 
 
-def test_mechanisms_of_a_folder(judged):
-    """Input vectors, real and generated pictures are scored when there are wells enough; a table too, from its file."""
+def test_profiles_from_a_file(judged):
     wells, features = compound_table()
     wells.to_csv(judged / "wells.csv", index=False)
     evaluate.main(["--profiles", str(judged / "wells.csv"), "--out", str(judged / "profiles")])
