@@ -3,6 +3,7 @@
 LONG=1 adds checks of minutes. Every tolerance has its reason beside it.
 """
 import copy
+import hashlib
 import json
 import os
 import re
@@ -337,6 +338,613 @@ def test_torchs_spectral_norm_trains_alike():
     assert found[2] == pytest.approx(found[0], rel=1e-5)
     spectral = [torch.linalg.matrix_norm(getattr(model.Discriminator(), f"conv{i}").weight.flatten(1), 2).item() for i in range(4)]
     assert spectral == pytest.approx([1] * 4, abs=0.1)  # the norm is there: 15 iterations at construction come within a few per cent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distances, profiles and the rest of evaluate.py's library
+
+
+sys.path[:0] = [str(SHARED / "fixtures/fid"), str(SHARED / "fixtures/metrics")]
+
+
+def normal(n, d, seed=0, shift=0.0, scale=1.0):
+    return np.random.default_rng(seed).normal(shift, scale, (n, d))
+
+
+def refuses(text, function, *args, **kw):
+    with pytest.raises(data.InputError, match=text) as error:
+        function(*args, **kw)
+    assert "\n" not in str(error.value)
+
+
+# Inception
+
+@pytest.fixture(scope="module")
+def rule_net():
+    """The network with fixture weights, and golden images (8, 3, 68, 68), features (8, 2048)."""
+    from fid_fixture_rule import rule_tensor
+    net = evaluate.Inception().eval()
+    net.load_state_dict({k: torch.tensor(rule_tensor(k, tuple(v.shape))) for k, v in net.state_dict().items()})
+    z = np.load(SHARED / "fixtures/fid/inception_golden.npz")
+    return net, z["images"].transpose(0, 3, 1, 2), z["feat_2048_f64"]
+
+
+def test_inception_size():
+    net = evaluate.Inception()
+    assert sum(p.numel() for p in net.parameters()) == 23_850_960 and len(net.state_dict()) == 566
+
+
+@needs_shared
+def test_inception_keys_and_shapes():
+    lines = [line.split("\t")[:2] for line in (SHARED / "fixtures/fid/fid_inception_keys.txt").read_text().splitlines()[1:]]
+    assert [[k, str(tuple(v.shape))] for k, v in evaluate.Inception().state_dict().items()] == lines
+
+
+@needs_shared
+def test_inception_golden(rule_net):
+    net, images, expected = rule_net
+    features = evaluate.inception_features(net, images, batch=8)
+    assert features.shape == (8, 2048) and features.dtype == np.float32
+    assert abs(features - expected).max() < 1e-3  # float32 noise 1.4e-5, smallest plausible mistake 0.09
+    assert abs(evaluate.inception_features(net, images, batch=3) - features).max() < 1e-4  # the batch is no part of the result
+
+
+@needs_shared
+@long
+@pytest.mark.parametrize("name", ["count_include_pad=True", "7c branch_pool avg", "7b branch_pool max", "align_corners=True", "(BGR)",
+                                  "eps 1e-5", "no x*2-1"])
+def test_inception_mutations_are_caught(rule_net, name, monkeypatch):
+    """Each mistake moves the features by the amount measured with pytorch-fid, far above the tolerance."""
+    net, images, expected = rule_net
+    (size,) = [m["max_abs"] for m in json.loads((SHARED / "fixtures/fid/inception_mutations.json").read_text()) if name in m["name"]]
+    average, interpolate = net.Mixed_7b.pool, evaluate.F.interpolate
+    if "pad" in name:
+        monkeypatch.setattr(average, "count_include_pad", True)
+    elif "7c" in name:
+        monkeypatch.setattr(net.Mixed_7c, "pool", average)
+    elif "7b" in name:
+        monkeypatch.setattr(net.Mixed_7b, "pool", net.Mixed_7c.pool)
+    elif "align" in name:
+        monkeypatch.setattr(evaluate.F, "interpolate", lambda x, size, mode, align_corners: interpolate(x, size, mode=mode, align_corners=True))
+    elif "2-1" in name:
+        monkeypatch.setattr(evaluate.F, "interpolate", lambda x, *a, **kw: (interpolate(x, *a, **kw) + 1) / 2)
+    elif "BGR" in name:
+        images = images[:, [2, 1, 0]]
+    else:
+        for m in net.modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                monkeypatch.setattr(m, "eps", 1e-5)
+    assert abs(evaluate.inception_features(net, images) - expected).max() == pytest.approx(size, rel=1e-3)
+
+
+def test_load_inception_takes_only_the_right_file(tmp_path, monkeypatch):
+    right, wrong = tmp_path / "right.pth", tmp_path / "wrong.pth"
+    net = evaluate.Inception()
+    torch.save(net.state_dict(), right)
+    blob = right.read_bytes()
+    refuses(f"{len(blob)} bytes.*{hashlib.sha256(blob).hexdigest()}.*95628359 bytes.*6726825d", evaluate.load_inception, right)
+    monkeypatch.setattr(evaluate, "INCEPTION_BYTES", len(blob))
+    monkeypatch.setattr(evaluate, "INCEPTION_SHA256", hashlib.sha256(blob).hexdigest())
+    loaded = evaluate.load_inception(right)
+    assert not loaded.training and torch.equal(loaded.fc.weight, net.fc.weight)
+    for bad in (blob[:-1], blob[:1000] + bytes([blob[1000] ^ 1]) + blob[1001:], b""):  # truncated, altered, empty
+        wrong.write_bytes(bad)
+        refuses(f"{len(bad)} bytes", evaluate.load_inception, wrong)
+    refuses("no such file", evaluate.load_inception, tmp_path / "none.pth")
+
+
+# Fréchet distance
+
+def from_moments(mean1, covariance1, mean2, covariance2):
+    return evaluate.frechet_of_roots(mean1, evaluate.covariance_root(covariance1), mean2, evaluate.covariance_root(covariance2))
+
+
+def test_frechet_closed_forms():
+    eye = np.eye(3)
+    assert from_moments(np.zeros(3), eye, np.full(3, 2.0), eye) == pytest.approx(12)  # shift: |2|^2 x 3
+    assert from_moments(np.zeros(3), eye, np.zeros(3), 9 * eye) == pytest.approx(12)  # spread: (3 - 1)^2 x 3
+    assert evaluate.frechet_distance([[0.0], [2.0]], [[1.0], [5.0]]) == pytest.approx(4 + 2)  # d = 1: means 1, 3; sds sqrt 2, sqrt 8
+
+
+@pytest.mark.parametrize("n, d", [(200, 1), (200, 8), (9, 40), (2, 5)])
+def test_frechet_of_a_set_with_itself_is_zero_and_with_a_shifted_one_is_not(n, d):
+    x = normal(n, d)
+    assert evaluate.frechet_distance(x, x[::-1]) < 1e-9
+    assert evaluate.frechet_distance(x, x + 1) == pytest.approx(d)
+    assert evaluate.frechet_distance(x, np.random.default_rng(1).permuted(x * 3, axis=0)) > 0.1
+
+
+def test_frechet_paths_agree():
+    """Factor of few rows (N <= d), eigenvalues (N > d), and given moments are one function."""
+    x, y = normal(5000, 12), normal(9, 12, 1, 0.5)
+    expected = from_moments(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
+    assert evaluate.frechet_distance(x, y) == pytest.approx(expected, abs=1e-6)
+    assert evaluate.frechet_distance(x.astype(np.float32), y) == pytest.approx(expected, abs=1e-5)
+
+
+def test_moments_do_not_depend_on_batch_or_order():
+    x = normal(1000, 6, shift=1e4)  # far from zero, where naive sums of squares lose digits
+    reference = evaluate.add_moments(None, x)
+    for batch, order in ((1, x), (7, x[::-1]), (999, x)):
+        moments = None
+        for i in range(0, 1000, batch):
+            moments = evaluate.add_moments(moments, order[i:i + batch])
+        assert moments[0] == 1000
+        for a, b in zip(moments[1:], reference[1:]):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(reference[2] / 999, np.cov(x.T), rtol=1e-9, atol=1e-9)
+
+
+def test_bad_sets_are_refused():
+    x, hole, pole = normal(10, 4), normal(10, 4), normal(10, 4)
+    hole[3, 1], pole[3, 1] = np.nan, np.inf
+    for metric in (evaluate.frechet_distance, evaluate.mmd2, evaluate.kid, evaluate.precision_recall_density_coverage):
+        refuses("1 of 40 values are NaN or infinite", metric, x, hole)
+        refuses("1 of 40 values are NaN or infinite", metric, pole, x)
+        refuses("4 and 3 columns", metric, x, x[:, :3])
+        refuses("at least", metric, x, x[:1])
+        refuses("expected", metric, x[0], x)
+    refuses("at least 6 rows", evaluate.precision_recall_density_coverage, x, x[:5])
+
+
+@needs_shared
+def test_frechet_golden():
+    cases = json.loads((SHARED / "fixtures/metrics/metrics_golden.json").read_text())["frechet_small"]
+    z = np.load(SHARED / "fixtures/metrics/metrics_golden.npz")
+    for name, case in cases.items():
+        moments = [z[f"fd/{name}/{part}"] for part in ("mu1", "sigma1", "mu2", "sigma2")]
+        assert abs(from_moments(*moments) - case["expected"]) < case["abs_tol"], name
+        if f"fd/{name}/x" in z:
+            assert abs(evaluate.frechet_distance(z[f"fd/{name}/x"], z[f"fd/{name}/y"]) - case["expected"]) < case["abs_tol"], name
+
+
+@needs_shared
+def test_frechet_golden_big():
+    import fd_cases
+    for name, case in json.loads((SHARED / "fixtures/metrics/metrics_golden.json").read_text())["frechet_big_by_rule"].items():
+        d, n1, n2 = map(int, re.findall(r"\d+", name))
+        if n1 <= 1000 or os.environ.get("LONG"):
+            x, y = fd_cases.feats("B1", n1, d), fd_cases.feats("B2", n2, d, shift=0.05, scale=1.1)
+            assert evaluate.frechet_distance(x, y) == pytest.approx(case["expected"], rel=case["rel_tol"]), name
+
+
+@needs_shared
+def test_fid_infinity_golden():
+    import fd_cases
+    g = json.loads((SHARED / "fixtures/metrics/metrics_golden.json").read_text())["fid_infinity"]
+    a, b, sizes, distances = evaluate.fid_infinity(fd_cases.feats("ir", 4000, 24), fd_cases.feats("ig", 2000, 24, shift=0.1))
+    assert sizes.tolist() == g["ns"]
+    np.testing.assert_allclose(distances, g["fd"], rtol=1e-9)
+    np.testing.assert_allclose([a, b], [g["intercept"], g["slope"]], rtol=1e-9)
+
+
+def test_fid_infinity_takes_the_bias_of_the_fakes_away():
+    real, fake = normal(20_000, 20, 1), normal(1000, 20, 2)
+    a, _, _, distances = evaluate.fid_infinity(real, fake)
+    assert abs(a) < 0.06 < distances[-1] < distances[0] / 10  # one distribution: the truth is 0
+    assert evaluate.fid_infinity(real, fake + 0.5)[0] == pytest.approx(5, rel=0.1)  # 20 x 0.5^2 is not taken away
+
+
+# KID, precision, recall, density, coverage
+
+@needs_shared
+def test_kid_golden():
+    g, z = json.loads((SHARED / "fixtures/metrics/metrics_golden.json").read_text())["kid"], np.load(SHARED / "fixtures/metrics/metrics_golden.npz")
+    x, y = z["kid/x"], z["kid/y"]
+    np.testing.assert_allclose(evaluate.kid(x, y, subset=30, subsets=10, seed=2020), [g["mean"], g["std_ddof0"]], rtol=1e-9)
+    np.testing.assert_allclose([evaluate.mmd2(x[i], y[j]) for i, j in zip(z["kid/idx_x"], z["kid/idx_y"])], z["kid/mmd2"], rtol=1e-9)
+    assert evaluate.mmd2(x[:50], y) == pytest.approx(g["full_first50_unbiased"], rel=1e-9)
+
+
+def test_kid_of_one_distribution_is_near_zero_and_of_noise_is_large():
+    real = normal(400, 10)
+    mean, sd = evaluate.kid(real, normal(400, 10, 1))
+    assert abs(mean) < 0.05 and sd < 0.1
+    assert evaluate.kid(real, normal(400, 10, 1, scale=2))[0] > 0.5
+    assert abs(np.mean([evaluate.mmd2(normal(8, 10, s), normal(8, 10, 1000 + s)) for s in range(300)])) < 0.1  # unbiased at n = 8; biased: +1
+    assert evaluate.kid(real, real + 1) == evaluate.kid(real, real + 1) != evaluate.kid(real, real + 1, seed=1)
+
+
+def test_kid_refuses_a_subset_larger_than_the_set():
+    refuses("KID subset 31: expected 2 to 30", evaluate.kid, normal(30, 3), normal(40, 3), subset=31)
+    refuses("KID subset 1:", evaluate.kid, normal(30, 3), normal(40, 3), subset=1)
+
+
+@needs_shared
+@pytest.mark.parametrize("k", [3, 5])
+def test_precision_recall_density_coverage_golden(k):
+    z = np.load(SHARED / "fixtures/metrics/metrics_golden.npz")
+    g = json.loads((SHARED / "fixtures/metrics/metrics_golden.json").read_text())
+    found = evaluate.precision_recall_density_coverage(z["prdc/real"], z["prdc/gen"], k, k)
+    assert found == pytest.approx(g[f"prdc_k{k}_dgm_eval"], abs=1e-12)
+    if k == 3:
+        assert found["recall"] == pytest.approx(g["precision_recall_k3_torch_fidelity"]["recall"], abs=1e-6)  # float32 there
+
+
+def test_precision_and_recall_by_hand():
+    real, fake = np.arange(6.0)[:, None], np.array([[0.5], [2.5], [2.6], [6.0], [6.5], [51.0]])
+    found = evaluate.precision_recall_density_coverage(real, fake, k=1, k_density=1)
+    # real balls reach 1, edge included: fakes in 2, 2, 2, 1, 0, 0 of them, all but 4 hold one; fake balls reach 2, .1, .1, .5, .5, 44.5
+    assert found == pytest.approx({"precision": 4 / 6, "recall": 3 / 6, "density": 7 / 6, "coverage": 5 / 6})
+
+
+def test_squared_distances():
+    a, b = normal(5, 3, shift=100), normal(5000, 3, 1, shift=100)  # three blocks of b
+    np.testing.assert_allclose(evaluate.squared_distances(a.astype(np.float32), b), ((a[:, None] - b) ** 2).sum(2), atol=1e-3)
+    own = evaluate.squared_distances(b[:700], b)
+    assert own.min() == 0 and own.diagonal().max() < 1e-9
+
+
+def test_mode_collapse_and_noise_are_caught():
+    real = np.concatenate([normal(700, 6, 0), normal(700, 6, 1, shift=8)])  # more than one block of rows
+    good = np.concatenate([normal(700, 6, 2), normal(700, 6, 3, shift=8)])
+    one_mode, one_cell = normal(1400, 6, 4), real[:1] + normal(1400, 6, 5, scale=1e-3)
+    best, half, point, noise = (evaluate.precision_recall_density_coverage(real, f) for f in (good, one_mode, one_cell, normal(1400, 6, 6, 4, 20)))
+    assert min(best.values()) > 0.85
+    assert half["precision"] > 0.85 and half["recall"] < 0.55 and half["coverage"] < 0.55
+    assert point["precision"] == 1 and point["recall"] < 0.01 and point["coverage"] < 0.02
+    assert noise["precision"] < 0.05 and noise["density"] < 0.05 and noise["coverage"] < 0.05
+    assert evaluate.precision_recall_density_coverage(real, real) == pytest.approx(dict(precision=1, recall=1, density=1, coverage=1), abs=0.3)
+    order = np.random.default_rng(0).permutation(1400)
+    assert evaluate.precision_recall_density_coverage(real[order], good[order[::-1]]) == best
+
+
+# FD-CP
+
+def test_robust_z():
+    train = pd.DataFrame(normal(1000, 5, shift=5, scale=2), columns=["a", "flat", "holes", "const", "b"])
+    train["flat"] = np.where(np.arange(1000) < 600, 3, 4)  # most cells equal: MAD 0
+    train.loc[:59, "holes"] = np.nan
+    train["const"] = 0.1
+    train.loc[:49, "b"] = np.nan  # 5 % exactly stays
+    space = evaluate.fit_cp_space(train, 2)
+    assert space["dropped"] == {"flat": "MAD 0", "holes": "6.0% missing", "const": "MAD 0"}
+    assert space["centre"] == pytest.approx(5, abs=0.3) and space["spread"] == pytest.approx(2, rel=0.1)  # 1.4826 MAD = sd of a normal
+    frame = lambda *rows: pd.DataFrame(rows, columns=list(train), dtype=float)
+    z = evaluate.robust_z(frame([1e9, 3, 3, 0, np.nan], [space["centre"][0] - space["spread"][0], 0, np.nan, 0, -1e9]), space)
+    np.testing.assert_allclose(z, [[10, 0], [-1, -10]])
+    refuses("1 of 2 cells have no measurement", evaluate.robust_z, frame([np.nan] * 5, [1] * 5), space)
+    refuses("b: 1 of 1 values are infinite", evaluate.robust_z, frame([0, 0, 0, 0, np.inf]), space)
+    refuses("5 measurements, first .'b', 'const'.*expected 5, first .'a', 'flat'", evaluate.robust_z, train[["b", "const", "flat", "a", "holes"]], space)
+    refuses("none of the 1 measurements varies", evaluate.fit_cp_space, pd.DataFrame(np.ones((30, 1)), columns=["x"]), 1)
+    refuses("19 training cells could be measured", evaluate.fit_cp_space, train[:19], 1)
+
+
+def test_components_are_the_long_axes():
+    x = normal(500, 1) * np.array([[3.0, 4.0, 0.0]]) + 0.1 * normal(500, 3, 1) + 7
+    space = evaluate.fit_cp_space(pd.DataFrame(x, columns=list("abc")), 2)
+    np.testing.assert_allclose(abs(space["axes"][0]), [0.7, 0.7, 0], atol=0.05)  # robust z gives both long features the same length
+    assert space["axes"].shape == (2, 3) and evaluate.fit_cp_space(pd.DataFrame(x, columns=list("abc")), 30)["axes"].shape == (3, 3)
+
+
+def test_distances_rank_good_blurred_shifted_and_collapsed_generators():
+    mix = normal(40, 40, 9) / 6
+    train, reference, floor, good = (
+        pd.DataFrame(normal(n, 40, s) @ mix, columns=[f"f{i}" for i in range(40)]) for n, s in ((2000, 0), (300, 1), (300, 2), (300, 3)))
+    space = evaluate.fit_cp_space(train, 15)
+    sets = {"real": floor, "good": good, "blurred": floor * 0.5, "shifted": floor + 2,
+            "collapsed": floor * 0 + floor.iloc[0] + 0.01 * good, "few": good[:19]}
+
+    def found(seed):
+        features = lambda who, half: (evaluate.robust_z(sets[who] if half else reference, space) - space["mean"]) @ space["axes"].T
+        return evaluate.distance_records(features, sets, "FD", "-CP15", "measurements", None, seed)
+    records, absent = found(0)
+    table = pd.DataFrame(records, columns=evaluate.RECORD).pivot(index="quantity", columns="who", values="value")
+    above = table.loc["FD minus floor-CP15"]
+    assert above["real"] == 0 and abs(above["good"]) < 0.5 < 1 < above["blurred"] < above["shifted"] and above["collapsed"] > 1
+    assert abs(table.loc["KID-CP15", "good"]) < 3 * table.loc["KID sd-CP15", "good"] < table.loc["KID-CP15", "shifted"]
+    assert table.loc["recall-CP15", "collapsed"] < 0.05 < 0.6 < table.loc["recall-CP15", "good"]
+    assert list(absent) == ["FD-CP15 of few"] and "at least 20 rows" in absent["FD-CP15 of few"]
+    assert records == found(0)[0] != found(1)[0]
+
+
+# Mechanism of action
+
+def compound_table(seed=0, coded="moa"):
+    """Wells of 24 compounds (2 concentrations, 2 plates of different weeks) with 4 mechanisms; profiles follow the mechanism or the compound."""
+    rng, rows, x = np.random.default_rng(seed), [], []
+    centres = {"moa": rng.normal(0, 3, (4, 30)), "compound": rng.normal(0, 3, (24, 30))}[coded]
+    for plate, scale in (("Week1_1", 1.0), ("Week2_1", 5.0)):  # a plate effect that only DMSO can remove
+        for i in range(8):
+            rows.append((plate, f"D{i}", "DMSO", 0.0, "DMSO"))
+            x.append(scale * (10 + rng.normal(0, 1, 30)))
+        for i in range(48):
+            compound = i % 24
+            rows.append((plate, f"B{i}", f"c{compound}", float(i // 24), f"m{compound % 4}"))
+            x.append(scale * (10 + centres[compound % len(centres)] + rng.normal(0, 1, 30)))
+    features = [f"Cells_{i}" for i in range(30)]
+    return pd.concat([pd.DataFrame(rows, columns=evaluate.WELL_COLUMNS), pd.DataFrame(x, columns=features)], axis=1), features
+
+
+def test_nsc_by_hand():
+    profiles = np.array([[1, 0], [1, 0.1], [1, 0.2], [0, 1], [0.5, 1], [1, 1]])
+    compounds, moas = ["a", "a", "b", "c", "d", "e"], ["x", "x", "x", "y", "y", "z"]
+    found = evaluate.nsc(profiles, compounds, moas)
+    assert found["treatments"]["nearest"].tolist() == [2, 2, 1, 4, 5, 4]  # never the other concentration of `a`
+    assert (found["correct"], found["n"], found["accuracy"]) == (4, 5, 0.8)  # z has no other compound: unscorable
+    assert found["treatments"]["scorable"].tolist() == [True] * 5 + [False]
+    assert found["accuracy_per_compound"] == 3 / 4
+    assert found["confusion"].loc["y"].to_dict() == {"x": 0, "y": 1, "z": 1}
+    batches = [("1",), ("1",), ("1", "2"), ("1",), ("2",), ("2",)]
+    found = evaluate.nsc(profiles, compounds, moas, batches)
+    assert found["treatments"]["scorable"].tolist() == [False, False, False, True, True, False]  # b shares batch 1 with a
+    refuses("none of 6 treatments", evaluate.nsc, profiles, compounds, moas, [("1",)] * 6)
+    refuses("1 of 6 profiles are all zero.*: c", evaluate.nsc, profiles * [[1], [1], [1], [0], [1], [1]], compounds, moas)
+
+
+def test_nsc_sees_mechanisms_and_not_chance():
+    wells, features = compound_table()
+    found = evaluate.score_profiles(wells, features)
+    assert found["NSC"]["accuracy"] == 1 and found["NSC"]["n"] == 48 and found["NSC"]["p"] < 0.01
+    assert "none of 48" in found["NSCB"]["absent"]  # every treatment is in both weeks
+    shuffled = wells.copy()
+    drugs = wells["compound"] != "DMSO"
+    labels = dict(zip(wells["compound"][drugs].unique(), np.random.default_rng(1).permutation([f"m{i % 4}" for i in range(24)])))
+    shuffled.loc[drugs, "moa"] = wells["compound"][drugs].map(labels)
+    found = evaluate.score_profiles(shuffled, features)["NSC"]
+    assert found["accuracy"] < 0.5 and found["p"] > 0.05 and abs(found["null_mean"] - 0.22) < 0.05  # 5 of 23 others share the label
+
+
+def test_features_that_code_the_compound_fool_only_a_score_that_admits_it():
+    wells, features = compound_table(coded="compound")
+    t = evaluate.treatment_profiles(wells.assign(**dict(zip(features, evaluate.normalise_plates(
+        wells[features], wells["plate"], wells["compound"] == "DMSO").T))), features)
+    admitted = evaluate.nsc(t[features], np.arange(len(t)), t["moa"])["accuracy"]  # every treatment its own compound: the classic mistake
+    assert admitted > 0.95 and evaluate.nsc(t[features], t["compound"], t["moa"])["accuracy"] < 0.5
+
+
+def test_batches_decide_nscb():
+    wells, features = compound_table()
+    week = np.where(wells["compound"].str[1:].isin([str(i) for i in range(12)]), "Week1_1", "Week2_1")  # half of the compounds each
+    wells = wells[(wells["plate"] == week) | (wells["compound"] == "DMSO")]
+    found = evaluate.score_profiles(wells, features)
+    assert found["NSCB"]["accuracy"] == 1 and found["NSCB"]["n"] == 48
+    t = found["NSCB"]["treatments"]
+    assert (t["compound"].str[1:].astype(int).lt(12) != t["compound"].to_numpy()[t["nearest"]].astype("U9").astype(object)).all()
+
+
+def test_normalise_plates():
+    wells, features = compound_table()
+    x, plates, dmso = wells[features].to_numpy().copy(), wells["plate"].to_numpy(), (wells["compound"] == "DMSO").to_numpy()
+    x[plates == "Week1_1", 3] = 0.1  # no spread on one plate
+    for how, low, high in (("z", lambda v: v.mean(0), lambda v: v.mean(0) + v.std(0)), ("percentile", lambda v: np.percentile(v, 1, axis=0),
+                           lambda v: np.percentile(v, 99, axis=0)), ("mad", lambda v: np.median(v, 0), None)):
+        z = evaluate.normalise_plates(x, plates, dmso, how)
+        assert (z[plates == "Week1_1", 3] == 0).all() and np.isfinite(z).all()
+        v = z[(plates == "Week2_1") & dmso]
+        np.testing.assert_allclose(low(v), 0, atol=1e-9)
+        if high:
+            np.testing.assert_allclose(high(v), 1, atol=1e-9)
+    assert abs(z).max() == 10  # mad clips
+    np.testing.assert_allclose(1.4826 * np.median(abs(v), 0), 1)
+    assert (evaluate.normalise_plates(x, plates, dmso, "none") == x).all()
+    refuses("plate Week2_1: 1 DMSO wells", evaluate.normalise_plates, x, plates, dmso & (np.arange(len(x)) < 57), "z")
+    x[5, 5] = np.nan
+    refuses("1 of .* NaN", evaluate.normalise_plates, x, plates, dmso, "z")
+
+
+def test_well_and_treatment_profiles():
+    cells = pd.DataFrame({"plate": "Week1_1", "well": ["A", "A", "A", "B"], "compound": ["k", "k", "k", "DMSO"], "concentration": [1, 1, 1, 0],
+                          "moa": ["m", "m", "m", "DMSO"], "f": [1.0, 2.0, 9.0, 5.0]})
+    assert evaluate.well_profiles(cells, ["f"])[["well", "n_cells", "f"]].values.tolist() == [["A", 3, 4.0], ["B", 1, 5.0]]
+    refuses("plate Week1_1 well A", evaluate.well_profiles, cells.assign(concentration=[1, 1, 2, 0]), ["f"])
+    wells = cells.assign(plate=["Week1_1", "Week1_2", "Week2_1", "Week1_1"])
+    (t,) = evaluate.treatment_profiles(wells, ["f"], "median").to_dict("records")
+    assert t == {"compound": "k", "concentration": 1.0, "moa": "m", "batches": ("Week1", "Week2"), "n_wells": 3, "f": 2.0}
+    refuses("no well has a known mechanism", evaluate.treatment_profiles, wells.assign(moa="unknown"), ["f"])
+
+
+@needs_shared
+def test_moa_golden():
+    g = json.loads((SHARED / "fixtures/metrics/moa_golden.json").read_text())
+    wells = pd.DataFrame(g["wells"])
+    features = [f"f{i}" for i in range(6)]
+    wells[features] = wells["x"].tolist()
+    wells[features] = evaluate.normalise_plates(wells[features], wells["plate"], wells["compound"] == "DMSO")
+    t = evaluate.treatment_profiles(wells, features)
+    assert t["compound"].tolist() == [v["compound"] for v in g["treatments"]]
+    np.testing.assert_allclose(t[features], g["profiles"], rtol=1e-9)
+    for name, batches in (("NSC", None), ("NSCB", t["batches"])):
+        found, expected = evaluate.nsc(t[features], t["compound"], t["moa"], batches), g[name]
+        assert (found["correct"], found["n"], found["accuracy"]) == tuple(expected[k] for k in ("correct", "total", "accuracy"))
+        for row, neighbour in zip(found["treatments"].itertuples(), expected["neighbours"]):
+            assert row.scorable == (neighbour is not None)
+            if neighbour:
+                (compound, concentration), moa, hit, cosine = neighbour
+                assert (t["compound"][row.nearest], t["concentration"][row.nearest]) == (compound, concentration)
+                assert (row.predicted, row.correct, row.distance) == (moa, hit, pytest.approx(1 - cosine, abs=1e-9))
+
+
+@pytest.fixture(scope="module")
+def ljosa():
+    """Real well profiles (632) of Ljosa et al. 2013 with compound, concentration, moa, and their 459 features."""
+    meta = SHARED / "fixtures/bbbc021_meta"
+    table, features = evaluate.read_profiles(meta / "ljosa_jbiomolscreen_2013_per_well_mean.csv.gz", meta / "BBBC021_v1_image.csv", meta / "BBBC021_v1_moa.csv")
+    assert len(table) == 632 and len(features) == 459
+    return table, features
+
+
+@needs_shared
+@pytest.mark.parametrize("normalise, average, right, right_b", [
+    ("z", "mean", 85, 67), ("percentile", "mean", 83, 64), ("z", "median", 80, 63), ("mad", "mean", 92, 62), ("none", "mean", 57, 36)])
+def test_real_profiles(ljosa, normalise, average, right, right_b):
+    found = evaluate.score_profiles(*ljosa, normalise, average)
+    assert [(found[k]["correct"], found[k]["n"]) for k in ("NSC", "NSCB")] == [(right, 103), (right_b, 92)]
+    if (normalise, average) == ("z", "mean"):
+        assert len(found["NSC"]["per_compound"]) == 38 and found["NSC"]["confusion"].to_numpy().sum() == 103
+        assert found["NSC"]["confusion"].shape[0] == 12
+        unscorable = found["NSCB"]["treatments"].query("~scorable")["moa"].value_counts().to_dict()
+        assert unscorable == {"Cholesterol-lowering": 6, "Kinase inhibitors": 5}
+        assert found["NSC"]["null_mean"] == pytest.approx(0.069, abs=0.01) and found["NSC"]["null_sd"] == pytest.approx(0.054, abs=0.01)
+        assert found["NSC"]["interval"] == pytest.approx([0.73, 0.90], abs=0.03)
+
+
+# Bootstrap
+
+def test_bootstrap():
+    values = normal(400, 1)
+    mean = lambda w: w @ values / len(values)
+    (low,), (high,) = evaluate.bootstrap(mean, 400, 0, draws=4000)
+    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.06)  # a 90 % one is 16 % narrower
+    assert evaluate.bootstrap(mean, 400, 0).tolist() == evaluate.bootstrap(mean, 400, 0).tolist() != evaluate.bootstrap(mean, 400, 1).tolist()
+    assert np.isnan(evaluate.bootstrap(lambda w: w[:, :1], 1, 0)).all()
+
+
+def test_correlations():
+    a = normal(60, 4)
+    b = a + normal(60, 4, 1)
+    a[:5, 1], b[3:9, 1], b[:, 2], a[2:, 3] = np.nan, np.inf, 0.1, np.nan  # holes on both sides; no spread; two pairs
+    ones, random = np.ones((1, 60)), np.random.default_rng(0).integers(0, 3, (7, 60))
+    r = evaluate.correlations(a, b, ones)[0]
+    assert r[:2] == pytest.approx([np.corrcoef(a[:, 0], b[:, 0])[0, 1], np.corrcoef(a[9:, 1], b[9:, 1])[0, 1]]) and np.isnan(r[2:]).all()
+    for weights, found in zip(random, evaluate.correlations(a + 1e6, b - 1e6, random)):
+        drawn = np.repeat(np.arange(60), weights)
+        assert found[0] == pytest.approx(np.corrcoef(a[drawn, 0], b[drawn, 0])[0, 1], rel=1e-6)
+    shuffled = np.random.default_rng(1).permutation(60)
+    assert abs(evaluate.correlations(a, b[shuffled], ones)[0, 0]) < 0.3 < r[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command evaluate.py
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A folder of 240 simulated cells, untrained runs of two seeds on it, and a run of another folder."""
+    top = tmp_path_factory.mktemp("judged")
+    prepare.main(["--simulate", "240", "--out", str(top / "data"), "--workers", "1"])
+    folder = data.open_folder(top / "data")
+    for seed, name in ((0, "cp2image-seed0"), (1, "cp2image-seed1"), (0, "foreign"), (0, "percentile-seed0")):
+        torch.manual_seed(seed)
+        G, D = model.Generator(len(folder.features)), model.Discriminator()
+        (top / name).mkdir()
+        identity = folder.identity() if name != "foreign" else dict.fromkeys(folder.identity(), "0")
+        state = {"format": "cp2image-1", "model": "cp2image", "step": 7, "features": folder.features, "channels": folder.channels, "centre": folder.centre,
+                 "scale": folder.scale, "normalise": "train", "image_norm": "percentile" if "percentile" in name else "cell-max", "white": folder.white, "G": G.state_dict(), "G_ema": None, "D": D.state_dict(),
+                 "settings": {**vars(train.parse(["--data", "x"])), "seed": seed}, "identity": identity}
+        torch.save(state, top / name / "last.pt")
+    return top
+
+
+def evaluate_run(top, *more, run="cp2image-seed0", out="eval"):
+    evaluate.main(["--data", str(top / "data"), "--run", str(top / run), "--split", "train", "--n", "40", "--device", "cpu", "--out", str(top / out), *more])
+    return json.loads((top / out / "metrics.json").read_text())
+
+
+def test_evaluate_writes_the_same_bytes_twice_and_every_number_with_its_conditions(judged, capsys):
+    found = evaluate_run(judged)
+    said = capsys.readouterr().out
+    assert said.count("--inception FILE was not given") == 1 and "does NOT beat retrieval" in said
+    first = {p.name: p.read_bytes() for p in (judged / "eval").iterdir()}
+    evaluate_run(judged, out="again")
+    assert first == {p.name: p.read_bytes() for p in (judged / "again").iterdir()} and {"grid.png", "grid.json", "metrics.csv"} <= set(first)
+    real, ours, nearest = (found["results"][who] for who in ("real", "generated", "nearest training cell"))
+    assert set(found["results"]) == {"real", "generated", "nearest training cell", "random training cell", "mean training image"}
+    assert real["r nucleus area"]["value"] == pytest.approx(1) and real["pixel loss"]["value"] == 0 and nearest["pixel loss"]["value"] == 0  # train split
+    low, high = found["results"]["random training cell"]["pixel loss"]["interval"]
+    assert low < found["results"]["random training cell"]["pixel loss"]["value"] < high
+    assert abs(found["results"]["random training cell"]["r nucleus area"]["value"]) < 0.4  # shuffled pairs
+    assert found["results"]["mean training image"]["r nucleus area"]["value"] is None  # one picture for all: undefined, not 0
+    assert ours["nucleus found"]["n"] == 80 and real["FD-CP2"]["n"] > 30 and ("FD-CP2" in ours or "FD-CP2 of generated" in found["absent"])
+    assert {"FID, KID", "NSC of real"} <= set(found["absent"]) and not any("FID" in q for who in found["results"].values() for q in who)
+    about = found["about"]
+    assert (about["split"], about["seed"], about["cells"], about["cells a side"], about["step"]) == ("train", 0, 80, 40, 7)
+    grid = json.loads(first["grid.json"])
+    assert grid["rows"] == ["original", "cp2image"] and len(set(grid["cells"])) == 13
+    rows = pd.read_csv(judged / "eval/metrics.csv")
+    assert list(rows.columns) == [*evaluate.RECORD, "split", "seed"] and len(rows) == sum(map(len, found["results"].values()))
+
+
+def test_order_and_batches_change_nothing(judged, monkeypatch):
+    folder, device = data.open_folder(judged / "data"), torch.device("cpu")
+    G, D = model.load(judged / "cp2image-seed0/last.pt"), model.load_metric(judged / "cp2image-seed0/last.pt")
+    # an untrained generator's faint pictures have no nucleus: retrieval, chance and the floor are compared too
+    order = np.random.default_rng(0).permutation(len(folder))
+    other = data.Folder(folder.path, folder.meta, folder.patches[order], folder.raw[order], folder.cells.iloc[order].reset_index(drop=True))
+    tables = []
+    for f, size in ((folder, 256), (other, 256), (folder, 17)):
+        cut = lambda stop, _=0, start=0, size=size: [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+        monkeypatch.setattr(evaluate, "batches", cut)
+        tables.append(evaluate.judge(G, D, f, evaluate.choose_cells(f, "train", 40, 3), 3, device)[0])
+    for table in tables[1:]:
+        assert table[["who", "quantity", "n"]].equals(tables[0][["who", "quantity", "n"]])
+        np.testing.assert_allclose(table["value"], tables[0]["value"], rtol=1e-6, atol=1e-6)
+
+
+def test_runs_side_by_side(judged, capsys):
+    common = ["--data", str(judged / "data"), "--split", "val", "--out", str(judged / "cmp"), "--device", "cpu", "--grid", "4"]
+    evaluate.main([*common, "--runs", str(judged / "cp2image-seed0"), str(judged / "cp2image-seed1/last.pt")])
+    table = pd.read_csv(judged / "cmp/comparison.csv").set_index(["who", "quantity"])
+    values = [json.loads((judged / f"cmp/cp2image-seed{s}/metrics.json").read_text())["results"]["generated"]["pixel loss"]["value"] for s in (0, 1)]
+    row = table.loc[("cp2image", "pixel loss")]
+    assert (row["mean"], row["sd"], row["runs"]) == (pytest.approx(np.mean(values), rel=1e-5), pytest.approx(np.std(values, ddof=1), rel=1e-4), 2)
+    text = (judged / "cmp/comparison.md").read_text()
+    assert "FID 68.42 ± 1.9" in text and "not comparable" in text and text.count("cp2image | 2") == 1 and "nearest training cell | 1" in text
+    assert json.loads((judged / "cmp/grid.json").read_text())["rows"] == ["original", "cp2image"]
+    for other in ("cp2image-seed0", "percentile-seed0"):
+        refuses("one --image-norm, and different seeds", evaluate.main, [*common, "--runs", str(judged / "cp2image-seed0"), str(judged / other)])
+
+
+@needs_shared
+def test_fid_of_the_command(judged, monkeypatch, rule_net):
+    """With the fixture's weights: 20 cells a side. Real cells are nearer to real ones than pictures of an untrained generator, in every channel."""
+    monkeypatch.setattr(evaluate, "load_inception", lambda path, device: rule_net[0])
+    fake_features = lambda net, x: x.reshape(len(x), -1)[:, ::97].astype(np.float32) / 255  # the network itself is tested above
+    monkeypatch.setattr(evaluate, "inception_features", fake_features)
+    found = evaluate_run(judged, "--inception", "w", "--n", "20", out="fid")
+    real, ours = found["results"]["real"], found["results"]["generated"]
+    for name in ("FID", "FID DAPI", "FID Tubulin", "FID Actin"):
+        assert real[name]["value"] < ours[name]["value"] and real[name]["extractor"] == "inception" and ours[name]["n"] == 20
+    assert ours["FID minus floor"]["value"] == pytest.approx(ours["FID"]["value"] - real["FID"]["value"], rel=1e-4)
+    assert evaluate.batches(10, 4, 5) == [slice(5, 9), slice(9, 10)]  # the second half, in pieces
+    assert "FID, KID" not in found["absent"] and found["about"]["inception"] == evaluate.INCEPTION_SHA256
+
+
+def test_profiles_from_a_file(judged):
+    wells, features = compound_table()
+    wells.to_csv(judged / "wells.csv", index=False)
+    evaluate.main(["--profiles", str(judged / "wells.csv"), "--out", str(judged / "profiles")])
+    found = json.loads((judged / "profiles/metrics.json").read_text())
+    assert found["results"]["profiles"]["NSC"]["value"] == 1 and "none of 48" in found["absent"]["NSCB of profiles"]
+    treatments = pd.read_csv(judged / "profiles/moa.csv")
+    assert len(treatments) == 48 and treatments["correct"].all() and set(treatments["concentration"]) == {0, 1}
+    hole = wells.copy()
+    hole.loc[3, features[2]] = np.nan
+    for table, text in ((hole, "1 of 3360 values are NaN"), (wells.drop(columns="moa"), "lacks moa; --image-csv"), (wells[[*evaluate.WELL_COLUMNS]], "no column is"),
+                        (pd.concat([wells, wells[:2]]), "2 rows repeat a well")):
+        table.to_csv(judged / "bad.csv", index=False)
+        refuses(text, evaluate.main, ["--profiles", str(judged / "bad.csv")])
+
+
+def test_evaluate_refuses(judged, capsys, tmp_path):
+    refuses("foreign/last.pt: was trained on another prepared folder", evaluate_run, judged, run="foreign")
+    refuses("--subset 41: larger than the 40 cells", evaluate_run, judged, "--subset", "41")
+    refuses("--device nonsense: not on this machine", evaluate_run, judged, "--device", "nonsense")
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    refuses("weights.pth: 7 bytes with SHA-256 9a129038", evaluate_run, judged, "--inception", str(tmp_path / "weights.pth"))
+    folder = data.open_folder(judged / "data")
+    folder.cells["split"] = "train"
+    refuses("no cell is in split 'test'", evaluate.choose_cells, folder, "test", 9, 0)
+    for bad in (["--run", "x"], ["--data", "x"], ["--data", "x", "--runs", "y"], ["--data", "x", "--run", "y", "--subset", "1"]):
+        with pytest.raises(SystemExit):
+            evaluate.parse(bad)
+
+
+def test_plots_are_optional(judged, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = evaluate_run(judged, out="bare")
+    assert capsys.readouterr().out.count("no plots: matplotlib is not installed") == 1
+    assert not (judged / "bare/metrics.png").exists() and (judged / "bare/grid.png").exists() and found["results"]["generated"]
+
+
+@long
+def test_memory_stays_below_two_gigabytes_at_48800_cells():
+    """The largest steps of FID, KID and precision/recall for 24,400 cells a side, in a process of its own (minutes)."""
+    code = ("import resource, numpy as np, evaluate as e; r = np.random.default_rng(0); x, y = (r.random((24400, 2048), dtype=np.float32) for _ in 'ab');"
+            "e.check_sets(x, y); e.frechet_distance(x, y); e.kid(x, y, subsets=2); e.neighbour_radii(x[:1024], [3, 5]); e.squared_distances(y[:512], x);"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True)
+    assert float(found.stdout) < 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
