@@ -23,7 +23,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy import ndimage
 from torch import nn
 
 import data
@@ -487,52 +486,76 @@ def read_profiles(path, image_csv=None, moa=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What can be measured in a picture
+# Which features survive generation (paper, section 4.2.2): real and generated cells measured in the same way
 
 
-def otsu(values):
-    """The threshold that best parts values in 0..1 into two classes (Otsu 1979), over 256 bins; NaN where all are equal."""
-    count, edges = np.histogram(values, 256, (0, 1))
-    centre = (edges[:-1] + edges[1:]) / 2
-    below, total = count.cumsum(), (count * centre).cumsum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = (total[-1] * below / below[-1] - total) ** 2 / (below * (below[-1] - below))
-    return centre[np.nanargmax(between)] if np.isfinite(between).any() else np.nan
+def measurements(x, channels, engine="ours"):
+    """CellProfiler's measurements of the middle cell of pictures (N, 3, H, W) in 0..1 -> frame (N rows, F columns); NaN without a nucleus.
 
-
-def central_nucleus(dapi):
-    """A mask (H, W) of the nucleus in the middle of a DAPI picture (H, W) in 0..1: the thresholded, filled object nearest to the centre.
-
-    None where there is no object of at least 50 pixels within 12 pixels of the centre, or it fills over half of the picture.
+    One segmentation and one engine for real and generated cells. Places in the crop are left out.
     """
-    smooth = ndimage.gaussian_filter(dapi, 1)
-    labels, n = ndimage.label(ndimage.binary_opening(smooth > otsu(smooth), iterations=2))
-    if not n:
-        return None
-    middle = (np.array(dapi.shape) - 1) / 2
-    distance = ndimage.distance_transform_edt(labels == 0, return_indices=True)
-    row, col = distance[1][:, int(middle[0]), int(middle[1])]
-    mask = ndimage.binary_fill_holes(labels == labels[row, col])
-    far = distance[0][int(middle[0]), int(middle[1])]
-    return mask if far <= 12 and 50 <= mask.sum() <= mask.size / 2 else None
+    if len(channels) != 3:
+        raise InputError(f"channels {', '.join(channels)}: segmenting needs three, the nucleus first")
+    x = np.asarray(x, np.float32)
+    names, values = prepare.ENGINES[engine](x, prepare.segment(x), channels)
+    return pd.DataFrame(values, columns=names)[prepare.sort_columns(names)[0]]
 
 
-def quantities(x, channels):
-    """A few plain measurements of pictures (N, C, H, W) in 0..1 -> frame (N rows, F columns); a row of NaN where no nucleus is found.
+def feature_table(real, fake, given, treatment, channels, image_norm):
+    """One row a feature, the best first: how real and generated cells (frames, n rows) and the input vectors `given` correlate.
 
-    Mean and sd of each channel over the picture; area (pixels), mean DAPI, and the direction of the nucleus as two numbers in -1..1:
-    upright (tall +1, wide -1) and slanted (down-right +1, up-right -1), both 0 for a round one.
+    r and spearman over all cells, r within treatments (their means taken off; treatments of one cell left out), r of generated and of real
+    cells with the input where names match. `relative`: intensities in units of the cell's own maximum, where image_norm is cell-max.
     """
-    names = [*(f"mean {c}" for c in channels), *(f"sd {c}" for c in channels),
-             "nucleus area", f"nucleus mean {channels[0]}", "nucleus upright", "nucleus slanted"]
-    values = np.full((len(x), len(names)), np.nan)
-    for i, picture in enumerate(np.asarray(x, np.float64)):
-        mask = central_nucleus(picture[0])
-        if mask is not None:
-            (rr, rc), (_, cc) = np.cov(*np.nonzero(mask))
-            shape = mask.sum(), picture[0][mask].mean(), (rr - cc) / (rr + cc), 2 * rc / (rr + cc)
-            values[i] = *picture.mean((1, 2)), *picture.std((1, 2)), *shape
-    return pd.DataFrame(values, columns=names)
+    both = real.notna() & fake.notna()
+    real, fake = real.where(both), fake.where(both)
+
+    def within(frame):
+        groups = frame.groupby(treatment)
+        return (frame - groups.transform("mean")).where(groups.transform("count") > 1)
+
+    def r(a, b):
+        return correlations(a.to_numpy(np.float64), b.to_numpy(np.float64), np.ones((1, len(a))))[0]
+
+    given = given.reindex(columns=real.columns)
+    parts = real.columns.str.split("_")
+    table = pd.DataFrame({"compartment": parts.str[0], "family": parts.str[1],
+                          "channel": ["+".join(p for p in name if p in channels) or "-" for name in parts],
+                          "r": r(real, fake), "spearman": r(real.rank(), fake.rank()), "r within treatments": r(within(real), within(fake)),
+                          "r of generated with input": r(given, fake), "r of real with input": r(given, real), "n": both.sum().to_numpy()},
+                         index=real.columns)
+    table["relative"] = (image_norm == "cell-max") & (table["family"] == "Intensity") & ~real.columns.str.contains("MassDisplacement")
+    return table.sort_values("r", ascending=False, kind="stable").rename_axis("feature")
+
+
+def claims(table):
+    """What the paper says of its Fig 4a, each with whether it is seen here and the numbers: a list of (claim, seen, numbers)."""
+    share = (table["r"] > 0.5).mean()
+    group = table.groupby(["compartment", "family"])["r"].median().sort_values(ascending=False)
+    family = table.groupby("family")["r"].median().sort_values()
+    rank = {name: group.index.get_loc(name) + 1 for name in (("Nuclei", "AreaShape"), ("Nuclei", "Intensity"))}
+    nuclei, cells = group["Nuclei", "AreaShape"], group["Cells", "AreaShape"]
+    return [("over 30 % of the features have r > 0.5", share > 0.3, f"{share:.1%} of {len(table)}"),
+            ("shape and intensity of the nucleus survive best", max(rank.values()) <= 3,
+             f"median r: shape {nuclei:.2f}, number {rank['Nuclei', 'AreaShape']}, intensity {group['Nuclei', 'Intensity']:.2f}, "
+             f"number {rank['Nuclei', 'Intensity']} of {len(group)} groups"),
+            ("the distribution of intensity survives worst", family.index[0] == "RadialDistribution",
+             "median r: " + ", ".join(f"{k} {v:.2f}" for k, v in family.items())),
+            ("the shape of whole cells survives poorly", cells < 0.5 and cells < nuclei, f"median r {cells:.2f}, of nuclei {nuclei:.2f}")]
+
+
+def print_features(table):
+    """The medians by compartment, family and channel, the 20 best and worst features, and what is seen of the paper's claims."""
+    print(table.pivot_table(index=["compartment", "family"], columns="channel", values="r", aggfunc="median").to_string(float_format="%.2f", na_rep="-"))
+    known = table.dropna(subset="r")
+    for (a, p), (b, q) in zip(known["r"].iloc[:20].items(), known["r"].iloc[:-21:-1].items()):
+        print(f"  {p:5.2f} {a:55s} {q:5.2f} {b}")
+    few = table[~table["relative"]]
+    print(f"median r {known['r'].median():.2f}, Spearman {known['spearman'].median():.2f}, within treatments {known['r within treatments'].median():.2f}, "
+          f"generated with input {known['r of generated with input'].median():.2f}, real with input {known['r of real with input'].median():.2f}; "
+          f"undefined {len(table) - len(known)} of {len(table)}; r > 0.5 without relative intensities {(few['r'] > 0.5).mean():.1%} of {len(few)}")
+    for claim, seen, numbers in claims(table):
+        print(f"paper: {claim}: {'seen' if seen else 'NOT seen'} ({numbers})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -591,7 +614,7 @@ def contestants(G, folder, rows, some, seed, device):
 
 
 @torch.no_grad()
-def look(draw, D, n, channels, device):
+def look(draw, D, n, channels, device, engine="ours"):
     """Every contestant's pictures of n cells, by batches: pixel and hidden loss of each cell {name: (n, 2)}, measurements {name: frame}."""
     losses, seen = {name: [] for name in draw}, {name: [] for name in draw}
     for i in batches(n):
@@ -602,7 +625,7 @@ def look(draw, D, n, channels, device):
             h_other = [m[:, None] for m in D(other.to(device))[1]]
             hidden = torch.vmap(lambda a, b: model.hidden_losses(a, b, x[0].numel()).sum())(h, h_other)  # cell by cell
             losses[name].append(torch.stack([torch.vmap(model.pixel_loss)(x[:, None], other[:, None]), hidden.cpu()], 1).numpy())
-            seen[name].append(quantities(other, channels))
+            seen[name].append(measurements(other, channels, engine))
     return {k: np.concatenate(v) for k, v in losses.items()}, {k: pd.concat(v, ignore_index=True) for k, v in seen.items()}
 
 
@@ -666,17 +689,22 @@ def moa_records(who, scores):
     return records, absent, treatments
 
 
-def judge(G, D, folder, rows, seed, device, net=None, subset=None):
-    """Everything about one generator on the cells `rows` (see choose_cells): table of RECORDs, {what is absent: why}, treatments, notes."""
+def judge(G, D, folder, rows, seed, device, net=None, subset=None, engine="ours"):
+    """Everything about one generator on the cells `rows` (see choose_cells).
+
+    Returns the table of RECORDs, {what is absent: why}, treatments, notes, and (feature_table, real and generated measurements).
+    """
     some = np.random.default_rng([seed, 2]).permutation(by_name(folder, folder.rows("train")))[:TRAIN_SAMPLE]
     draw = contestants(G, folder, rows, some, seed, device)
-    losses, seen = look(draw, D, len(rows), folder.channels, device)
+    losses, seen = look(draw, D, len(rows), folder.channels, device, engine)
+    given = pd.DataFrame(folder.raw[rows], columns=folder.features)
+    survived = feature_table(seen["real"], seen["generated"], given, folder.treatment[rows], folder.channels, G.image_norm)
     found = {who: frame.notna().any(axis=1) for who, frame in seen.items()}
     half, results, notes = len(rows) // 2, [(paired_records(losses, seen, seed), {})], {}
     if half < 20:
         results.append(([], {"FID, FD-CP and their relatives": f"{half} cells on each side, 20 are needed"}))
     else:
-        known = pd.concat([quantities(images_of(folder, some[i], G), folder.channels) for i in batches(len(some))]).dropna(how="all")
+        known = pd.concat([measurements(images_of(folder, some[i], G), folder.channels, engine) for i in batches(len(some))]).dropna(how="all")
         space = fit_cp_space(known, min(30, half // 20))
 
         def in_cp_space(who, side):
@@ -694,7 +722,7 @@ def judge(G, D, folder, rows, seed, device, net=None, subset=None):
         notes = {"cells a side": half, "reference cells measured": int(found["real"][:half].sum()),
                  "training cells measured": f"{len(known)} of {len(some)}", "measurements": list(known), "dropped": space["dropped"]}
     cells, treatments = folder.cells[WELL_COLUMNS].iloc[rows].reset_index(drop=True), []
-    for who, frame in {"input CP vectors": pd.DataFrame(folder.raw[rows], columns=folder.features), **seen}.items():
+    for who, frame in {"input CP vectors": given, **seen}.items():
         try:
             there = found.get(who, slice(None))
             scores = score_profiles(well_profiles(pd.concat([cells, frame], axis=1)[there], frame.columns), frame.columns, seed=seed)
@@ -704,7 +732,7 @@ def judge(G, D, folder, rows, seed, device, net=None, subset=None):
         results.append(result)
         treatments += more
     records, absent = sum((list(r) for r, _ in results), []), {k: v for _, why in results for k, v in why.items()}
-    return pd.DataFrame(records, columns=RECORD), absent, treatments, notes
+    return pd.DataFrame(records, columns=RECORD), absent, treatments, notes, (survived, seen["real"], seen["generated"])
 
 
 def compare_runs(labels, tables, kinds):
@@ -755,40 +783,54 @@ def write_atomically(path, text):
     os.replace(temporary, path)
 
 
-def write_results(out, about, table, absent, treatments):
-    """metrics.json, metrics.csv, metrics.png, and moa.csv (one row a treatment) where mechanisms were scored."""
+def write_results(out, about, table, absent, treatments, survived=None):
+    """metrics.json, metrics.csv, metrics.png, features.csv (feature_table), and moa.csv (one row a treatment) where mechanisms were scored."""
     out.mkdir(parents=True, exist_ok=True)
     nested = {who: {} for who in table["who"]}
     for who, quantity, *values, n, extractor in table.itertuples(index=False):
         value, *interval = (float(f"{v:.6g}") if np.isfinite(v) else None for v in values)
         nested[who][quantity] = {"value": value, "interval": interval, "n": int(n), "extractor": extractor}
+    if survived:
+        write_atomically(out / "features.csv", survived[0].to_csv(float_format="%.6g"))
+        about["claims of the paper"] = [{"claim": c, "seen": bool(seen), "numbers": numbers} for c, seen, numbers in claims(survived[0])]
     write_atomically(out / "metrics.json", json.dumps({"about": about, "absent": absent, "results": nested}, indent=1) + "\n")
     write_atomically(out / "metrics.csv", table.assign(split=about["split"], seed=about["seed"]).to_csv(index=False, float_format="%.6g"))
     if treatments:
         write_atomically(out / "moa.csv", pd.concat(treatments).to_csv(index=False, float_format="%.6g"))
-    draw_plots(out / "metrics.png", table, treatments)
+    draw_plots(out / "metrics.png", table, treatments, survived)
 
 
-def draw_plots(path, table, treatments):
-    """Fig 4a (sorted r of every measurement) and the confusion matrix of one NSC, of the generated cells where there is one, as a PNG."""
+def draw_plots(path, table, treatments, survived=None):
+    """Fig 4a (sorted r of every measurement), the confusion matrix of one NSC, of the generated cells where there is one, and Fig 4b (real
+    against generated cells in the six features that survive best), as a PNG; undefined r are left out."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print("no plots: matplotlib is not installed; the numbers are complete")
-    figure = Figure((14, 6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.set_visible("profiles" not in set(table["who"]))
-    right.set_visible(bool(treatments))
-    left.set(xlabel="measurement, sorted", ylabel="Pearson's r with the real cell (undefined: 0)", ylim=(-1, 1))
-    for who, rows in table[table["quantity"].str.startswith("r ") & (table["who"] != "real")].groupby("who", sort=False):
-        left.plot(np.sort(rows["value"].fillna(0))[::-1], ".-", label=who)
+    figure = Figure((14, 9 if survived else 6), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1)) if survived else (figure, None)
+    pearson = table[table["quantity"].str.startswith("r ") & (table["who"] != "real")].dropna(subset="value")
+    panels = iter(np.ravel(upper.subplots(1, (len(pearson) > 0) + bool(treatments))))
+    if len(pearson):
+        left = next(panels)
+        for who, rows in pearson.groupby("who", sort=False):
+            left.plot(np.sort(rows["value"])[::-1], label=who)
+        left.axhline(0.5, color="grey", lw=0.5)
+        left.set(xlabel="feature, sorted", ylabel="Pearson's r with the real cell", ylim=(-0.5, 1))
         left.legend()
     for t in sorted(treatments, key=lambda t: (t["who"].iloc[0] != "generated", t["score"].iloc[0]))[:1]:
-        confusion = pd.crosstab(t["moa"][t["scorable"]], t["predicted"][t["scorable"]])
+        right, confusion = next(panels), pd.crosstab(t["moa"][t["scorable"]], t["predicted"][t["scorable"]])
         right.set(xlabel="predicted", ylabel="mechanism", title=f"NSC of {t['who'].iloc[0]}: treatments")
         figure.colorbar(right.imshow(confusion, cmap="Blues"))
         right.set_xticks(range(confusion.shape[1]), confusion.columns, rotation=90)
         right.set_yticks(range(len(confusion)), confusion.index)
+    if survived:
+        features, real, fake = survived
+        for panel, name in zip(lower.subplots(1, 6), features.index[:6]):
+            panel.plot(real[name], fake[name], ".", ms=2)
+            panel.axline((real[name].median(),) * 2, slope=1, color="grey", lw=0.5)
+            panel.set_title(f"{name}\nr {features['r'][name]:.2f}, n {features['n'][name]}", fontsize=6)
+            panel.set_xlabel("real", fontsize=6), panel.set_ylabel("generated", fontsize=6), panel.tick_params(labelsize=5)
     figure.savefig(path, dpi=80)
 
 
@@ -851,6 +893,7 @@ def parse(argv):
     add("--n", type=int, default=10_000, metavar="CELLS", help="cells a side, reference and judged (default 10000, or half of the split)")
     add("--inception", metavar="FILE", help="pytorch-fid's weights, or the word download: FID and KID too (default: FD-CP and KID-CP only)")
     add("--subset", type=int, metavar="CELLS", help="cells in each of KID's 100 subsets (default 1000, or half of the cells)")
+    add("--engine", choices=list(prepare.ENGINES), default="ours", help="who measures the pictures: ours, or the package cp_measure (default ours)")
     add("--grid", type=int, default=13, metavar="N", help="cells in grid.png, originals above one row a model (default 13)")
     add("--image-csv", metavar="FILE", help="with --profiles: BBBC021_v1_image.csv, which compound each well has")
     add("--moa", metavar="FILE", help="with --profiles: BBBC021_v1_moa.csv, the mechanism of each treatment")
@@ -882,14 +925,15 @@ def main(argv=None):
 
     tables, kinds, pictures = [], {}, {"original": images_of(folder, rows[:args.grid], opened[0][0])}
     for G, D, settings, checkpoint, name in opened:
-        table, absent, treatments, notes = judge(G, D, folder, rows, args.seed, device, net, args.subset)
+        table, absent, treatments, notes, survived = judge(G, D, folder, rows, args.seed, device, net, args.subset, args.engine)
         about = {"data": str(args.data), "checkpoint": str(checkpoint), "step": G.step, "settings": settings, "split": args.split,
-                 "seed": args.seed, "cells": len(rows), "channels": folder.channels, "inception": INCEPTION_SHA256 if net else None,
+                 "seed": args.seed, "cells": len(rows), "channels": folder.channels, "inception": INCEPTION_SHA256 if net else None, "engine": args.engine,
                  "interval": "95 %, 1000 bootstrap draws of cells; NSC: of compounds; permuted labels: ± sd",
                  "floor": "the distances of real: real cells of the judged half from those of the reference half", **notes}
         print(f"{checkpoint} at step {G.step}, {len(rows)} {args.split} cells of {args.data}, {len(rows) // 2} on each side of a distance; "
               "r = Pearson against the real cell")
-        write_results(out / f"{name}-seed{settings['seed']}" if args.runs else out, about, table, no_fid | absent, treatments)
+        write_results(out / f"{name}-seed{settings['seed']}" if args.runs else out, about, table, no_fid | absent, treatments, survived)
+        print_features(survived[0])
         print_report(table, no_fid | absent)
         tables.append(table)
         kinds[name] = settings["model"]
