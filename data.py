@@ -447,7 +447,7 @@ def pair_objects(images, sources, where, keep, report):
                 image, nucleus = known[np.bincount(taken).argmax()]
                 raise InputError(f"{where}: image {images['ImageNumber'].iloc[image]} has two {o} with parent nucleus {nucleus:.0f}; filter them in CellProfiler")
             missing = ~np.isin(np.arange(len(known)), taken)
-            wrong = source is sources["Nuclei"] and int((parent != table["number"])[~absent].sum())
+            wrong = source == sources["Nuclei"] and int((parent != table["number"])[~absent].sum())
             for count, text in ((int(((cell < 0) & ~absent).sum()), f"{o} have a parent nucleus that is not in the Nuclei table: left out"),
                                 (int((missing & has_cell).sum()), "nuclei have no cell: left out" if o == "Cells" else f"cells have no {o}: its values are missing"),
                                 (wrong, f"{o} stand beside another nucleus in this table, which CellProfiler paired by number: paired again by Parent_Nuclei")):

@@ -256,7 +256,7 @@ def standardise_table(G, table):
         raise InputError(f"{len(absent)} of the model's {len(G.features)} features are not in the table, first: "
                          f"{', '.join(absent[:5])}; the table needs CellProfiler's names with the object first (Nuclei_AreaShape_Area)")
     try:
-        raw = torch.as_tensor(table[G.features].to_numpy(dtype="float64")).to(G.centre.device)  # (N, F)
+        raw = torch.tensor(table[G.features].to_numpy(dtype="float64"), device=G.centre.device)  # (N, F)
     except (TypeError, ValueError) as error:
         raise InputError(f"a feature column of the table holds something that is no number ({error})") from None
     centre, scale = G.centre, G.scale
@@ -295,6 +295,8 @@ def plate_moments(raw):
 @torch.no_grad()
 def generate(G, table, as_uint8=True, batch=256):
     """One picture for each row of a table of CellProfiler measurements: (N, C, 68, 68) on the CPU, uint8, or float32 in 0..1.
+
+    An export of CellProfiler (CSV folder, SQLite, one CSV) becomes such a table by data.read_table.
 
     Extra columns are ignored, with a warning that lists them; see standardise_table for what raises InputError. A cell's picture
     does not depend on which other cells are in the table (but for plate-dmso, where the plate's DMSO rows set the scale).

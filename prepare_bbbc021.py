@@ -31,6 +31,7 @@ from data import CELL_COLUMNS, CHANNELS, CHUNK, FULL_SCALE, SIZE, InputError, re
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}  # of cells (paper, section 4.1)
 MAX_MISSING = 0.05  # share of cells without a value, above which a feature is dropped
 CLIP = 10.0  # standard deviations (model.CLIP): here only counted
+SAVE_EVERY = 2.0  # seconds: what an interrupted preparation reads again at most
 WHITE = 0.999  # quantile of the training pixels that image value 1 stands for with --image-norm percentile
 
 
@@ -662,7 +663,7 @@ def read_patches(target, units, read_unit, state, workers, skip_bad):
             target[start:start + len(patches)] = patches
             done["units"] += 1
             now, at = time.perf_counter(), start + len(patches)
-            if now - saved > 2:
+            if now - saved > SAVE_EVERY:
                 save()
                 saved = now
             if now - said > 5 or done["units"] == len(units):
