@@ -373,23 +373,62 @@ def keep_cells(cells, pieces, stay):
     return cells[stay].reset_index(drop=True), [(source, columns, new[place]) for source, columns, place in pieces]
 
 
-def moved_columns(source, columns, tail, hole):
-    """The columns that are empty in all rows `tail` and filled in some rows `hole`: see pair_objects."""
+def read_keys(source, o, keys, fields, where):
+    """What places and pairs the objects `o`, sorted by field and number: (frame, whose index is the row in the source; rows of the source)."""
+    used = [c for c in dict.fromkeys(source["names"]) if c in keys or c == "ObjectNumber" or c.startswith(o + "_") and c[len(o) + 1:] in PAIRING]
+    chunks = list(read_chunks(source, used))
+    table = pd.concat(chunks, ignore_index=True) if chunks else pd.DataFrame(columns=used, dtype=float)
+    rows, number = len(table), next((c for c in (f"{o}_Number_Object_Number", f"{o}_ObjectNumber", "ObjectNumber") if c in table), None)
+    if number is None:
+        raise InputError(f"{where}: {o} has no column ObjectNumber, expected what CellProfiler exports")
+    table = table.rename(columns=lambda c: c.removeprefix(o + "_")).assign(number=table[number])
+    table = table.dropna(subset=[c for c in table if c in PAIRING and c != "ObjectNumber"], how="all")  # one table for all pads with empty rows
+    table["image"] = fields.get_indexer(pd.MultiIndex.from_frame(table[keys].astype(float)))
+    if (table["image"] < 0).any():
+        stray = table["ImageNumber"][table["image"] < 0].iloc[0]
+        raise InputError(f"{where}: objects of image {stray:.0f} ({o}) have no row in the Image table; export both again")
+    table = table.sort_values(["image", "number"], kind="stable")
+    if (twice := table.duplicated(["image", "number"])).any():
+        raise InputError(f"{where}: {o} has object {table['number'][twice].iloc[0]:.0f} of one image twice; exported twice? keep one")
+    return table, rows
+
+
+def misplaced(source, o, table, rows, absent, features):
+    """Up to 4.2 CellProfiler writes some columns (AreaShape, Texture) of the k objects of a field that exist into its first k rows, the
+    others into the rows of their own numbers (its issues 4403, 4583): (names of such columns, rows (k,) bool of `table` that hold them).
+
+    Such a column is empty in all of a field's last rows and filled in some row of an absent object.
+    """
+    there = pd.Series(~absent, table.index).groupby(table["image"]).transform("sum")
+    first = (table.groupby("image").cumcount() < there).to_numpy()
+    if not (absent & first).any():
+        return [], first
+    columns = features + [f"{o}_{c}" for c in BOX if c in table]
+    tail, hole = (np.isin(np.arange(rows), table.index[mask]) for mask in (~first, absent & first))
     empty, filled, done = np.ones(len(columns), bool), np.zeros(len(columns), bool), 0
     for chunk in read_chunks(source, columns):
         there = chunk.notna().to_numpy()
         empty &= ~there[tail[done:done + len(chunk)]].any(0)
         filled |= there[hole[done:done + len(chunk)]].any(0)
         done += len(chunk)
-    return [c for c, is_moved in zip(columns, empty & filled) if is_moved]
+    return [c for c, moved in zip(columns, empty & filled) if moved], first
+
+
+def check_boxes(table, o, where):
+    """An object's centre lies in its own bounding box; where not, its measurements are of others."""
+    if {*BOX, "Location_Center_X", "Location_Center_Y"} <= set(table):
+        x, y = table["Location_Center_X"], table["Location_Center_Y"]
+        outside = (x < table[BOX[0]]) | (y < table[BOX[1]]) | (x > table[BOX[2]]) | (y > table[BOX[3]])
+        if outside.any():
+            first = table[outside].iloc[0]
+            raise InputError(f"{where}: {outside.sum()} of {len(table)} {o} lie outside their own bounding box, first: image {first['ImageNumber']:.0f}, "
+                             f"object {first['number']:.0f}; AreaShape is of others: measure again")
 
 
 def pair_objects(images, sources, where, keep, report):
     """One export -> (cells: image (row of `images`), number, x, y; pieces), one row a nucleus that has a cell.
 
-    Cells and cytoplasms go to their nucleus by Parent_Nuclei, never by number. Where a cell has no cytoplasm, CellProfiler up to 4.2 writes
-    some columns (AreaShape, Texture) of the k objects that exist into the first k rows of a field and the others into the rows of their own
-    numbers (its issues 4403, 4583): such columns are moved back.
+    Cells and cytoplasms go to their nucleus by Parent_Nuclei, never by number.
     """
     keys = [k for k in KEYS if k in images and all(k in s["names"] for s in sources.values())]
     if "ImageNumber" not in keys:
@@ -397,74 +436,46 @@ def pair_objects(images, sources, where, keep, report):
     fields = pd.MultiIndex.from_frame(numbers(images[keys], f"{where}, Image table").astype(float))
     if fields.has_duplicates:
         raise InputError(f"{where}: image {fields[fields.duplicated()][0][-1]:.0f} stands twice in the Image table; keep one export")
-    cells, pieces, known = None, [], None
+
+    nuclei, rows = read_keys(sources["Nuclei"], "Nuclei", keys, fields, where)
+    check_boxes(nuclei, "Nuclei", where)
+    centre = next((f for f in ("Location", "AreaShape") if f"{f}_Center_X" in nuclei and f"{f}_Center_Y" in nuclei), None)
+    if not centre:
+        raise InputError(f"{where}: Nuclei has neither Location_Center_X, _Y nor AreaShape_Center_X, _Y; export the positions too")
+    cells = nuclei[["image", "number", f"{centre}_Center_X", f"{centre}_Center_Y"]].set_axis(["image", "number", "x", "y"], axis=1)
+    cells = cells.astype({"image": int, "number": int}).reset_index(drop=True)
+    known, has_cell, pieces = pd.MultiIndex.from_frame(nuclei[["image", "number"]]), np.ones(len(nuclei), bool), []
     for o, source in sources.items():
         features = [c for c in sort_columns(source["names"], keep)[0] if c.startswith(o + "_")]
-        used = [c for c in dict.fromkeys(source["names"]) if c in keys or c == "ObjectNumber" or c.startswith(o + "_") and c[len(o) + 1:] in PAIRING]
-        chunks = list(read_chunks(source, used))
-        table = pd.concat(chunks, ignore_index=True) if chunks else pd.DataFrame(columns=used, dtype=float)
-        rows = len(table)
-        number = next((c for c in (f"{o}_Number_Object_Number", f"{o}_ObjectNumber", "ObjectNumber") if c in table), None)
-        if number is None:
-            raise InputError(f"{where}: {o} has no column ObjectNumber, expected what CellProfiler exports")
-        table = table.rename(columns=lambda c: c.removeprefix(o + "_")).assign(number=table[number])
-        table = table.dropna(subset=[c for c in table if c in PAIRING and c != "ObjectNumber"], how="all")  # one table for all pads with empty rows
-        table["image"] = fields.get_indexer(pd.MultiIndex.from_frame(table[keys].astype(float)))
-        if (table["image"] < 0).any():
-            raise InputError(f"{where}: objects of image {table['ImageNumber'][table['image'] < 0].iloc[0]:.0f} ({o}) have no row in the Image table; "
-                             "export both again")
-        table = table.sort_values(["image", "number"], kind="stable")  # its index stays the row in the source
-        key = pd.MultiIndex.from_frame(table[["image", "number"]])
-        if key.has_duplicates:
-            raise InputError(f"{where}: {o} has object {key[key.duplicated()][0][1]:.0f} of one image twice; exported twice? keep one")
-
-        moved, moved_place = [], np.full(rows, -1)
-        absent = np.zeros(len(table), bool)
-        if o == "Nuclei":
-            cell, known, has_cell = np.arange(len(table)), key, np.ones(len(table), bool)
-            centre = next((f for f in ("Location", "AreaShape") if f"{f}_Center_X" in table and f"{f}_Center_Y" in table), None)
-            if not centre:
-                raise InputError(f"{where}: Nuclei has neither Location_Center_X, _Y nor AreaShape_Center_X, _Y; export the positions too")
-            cells = pd.DataFrame({"image": table["image"], "number": table["number"].astype(int), "x": table[f"{centre}_Center_X"],
-                                  "y": table[f"{centre}_Center_Y"]}).reset_index(drop=True)
-        else:
+        table, rows = (nuclei, rows) if o == "Nuclei" else read_keys(source, o, keys, fields, where)
+        cell, moved, place, moved_place = np.arange(len(table)), [], np.full(rows, -1), np.full(rows, -1)
+        if o != "Nuclei":
             if "Parent_Nuclei" not in table:
                 raise InputError(f"{where}: {o} has no Parent_Nuclei, and numbers do not pair objects; export the Parent_ columns too")
             parent = table["Parent_Nuclei"].fillna(0).to_numpy()
-            absent = parent == 0
+            absent = parent == 0  # a cell without cytoplasm leaves a row
             cell = np.where(absent, -1, known.get_indexer(pd.MultiIndex.from_arrays([table["image"], parent])))
-            tail = (table.groupby("image").cumcount() >= pd.Series(~absent, table.index).groupby(table["image"]).transform("sum")).to_numpy()
-            if (absent & ~tail).any():
-                in_source = [np.isin(np.arange(rows), table.index[mask]) for mask in (tail, absent & ~tail)]
-                moved = moved_columns(source, features + [f"{o}_{c}" for c in BOX if c in table], *in_source)
-                box = [c for c in BOX if f"{o}_{c}" in moved]
-                table.loc[~absent, box] = table.loc[~tail, box].to_numpy()
-                moved_place[table.index[~tail]] = cell[~absent]  # as many rows, in the same order, in every field
-                if moved:
-                    report.append(f"{where}: CellProfiler wrote {len(moved)} columns of {o} ({moved[0]}, ...) beside the rows of absent objects: moved back")
-            taken = cell[cell >= 0]
-            if len(set(taken)) < len(taken):
-                image, nucleus = known[np.bincount(taken).argmax()]
+            if (twice := pd.Series(cell[cell >= 0]).duplicated()).any():
+                image, nucleus = known[cell[cell >= 0][twice][0]]
                 raise InputError(f"{where}: image {images['ImageNumber'].iloc[image]} has two {o} with parent nucleus {nucleus:.0f}; filter them in CellProfiler")
-            missing = ~np.isin(np.arange(len(known)), taken)
-            wrong = source == sources["Nuclei"] and int((parent != table["number"])[~absent].sum())
-            for count, text in ((int(((cell < 0) & ~absent).sum()), f"{o} have a parent nucleus that is not in the Nuclei table: left out"),
-                                (int((missing & has_cell).sum()), "nuclei have no cell: left out" if o == "Cells" else f"cells have no {o}: its values are missing"),
-                                (wrong, f"{o} stand beside another nucleus in this table, which CellProfiler paired by number: paired again by Parent_Nuclei")):
+            moved, first = misplaced(source, o, table, rows, absent, features)
+            box = [c for c in BOX if f"{o}_{c}" in moved]
+            table.loc[~absent, box] = table.loc[first, box].to_numpy()  # as many rows, in the same order, in every field
+            moved_place[table.index[first]] = cell[~absent]
+            check_boxes(table[~absent], o, where)
+            missing = ~np.isin(np.arange(len(known)), cell)
+            by_number = int((parent != table["number"])[~absent].sum()) if source == sources["Nuclei"] else 0
+            for count, text in (
+                    (len(moved), f"columns of {o} stand beside the rows of absent objects, as CellProfiler up to 4.2 writes them: moved back"),
+                    (by_number, f"{o} stand beside another nucleus in this table, which CellProfiler paired by number: paired again by Parent_Nuclei"),
+                    (int(((cell < 0) & ~absent).sum()), f"{o} have a parent nucleus that is not in the Nuclei table: left out"),
+                    (int((missing & has_cell).sum()), "nuclei have no cell: left out" if o == "Cells" else f"cells have no {o}: its values are missing")):
                 if count:
                     report.append(f"{where}: {count} {text}")
             if o == "Cells":
-                has_cell &= ~missing
-        if {*BOX, "Location_Center_X", "Location_Center_Y"} <= set(table):
-            there, (x, y) = table[~absent], (table[f"Location_Center_{a}"][~absent] for a in "XY")
-            outside = (x < there[BOX[0]]) | (y < there[BOX[1]]) | (x > there[BOX[2]]) | (y > there[BOX[3]])
-            if outside.any():
-                raise InputError(f"{where}: {outside.sum()} of {len(there)} {o} lie outside their own bounding box, first: image "
-                                 f"{there['ImageNumber'][outside].iloc[0]:.0f}, object {there['number'][outside].iloc[0]:.0f}; AreaShape is of others: measure again")
-        place = np.full(rows, -1)
+                has_cell = ~missing
         place[table.index] = cell
-        pieces.append((source, [c for c in features if c not in moved], place))
-        pieces.append((source, [c for c in features if c in moved], moved_place))
+        pieces += [(source, [c for c in features if c not in moved], place), (source, [c for c in features if c in moved], moved_place)]
     return keep_cells(cells, [piece for piece in pieces if piece[1]], has_cell)
 
 
