@@ -196,7 +196,8 @@ def tile(rows, zoom=2, gap=2):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables of measurements
 
-FEATURE = re.compile(r"(?!Image_|Metadata_|Experiment_|Single_|Multi_)[A-Z][A-Za-z0-9]*_(?!Metadata_|FileName_|PathName_|URL_)[A-Z][A-Za-z]*_\w+")
+FEATURE = re.compile(r"(?!Image_|Metadata_|Experiment_|Single_|Multi_)[A-Z][A-Za-z0-9]*_"  # <Object>_<Family>_...
+                     r"(?!Metadata_|FileName_|PathName_|URL_)[A-Z][A-Za-z]*_\w+")
 BOOKKEEPING = re.compile(r"_Location_|_Parent_|_Children_|_Number_|ObjectNumber|AreaShape_Center|BoundingBox[MX]")
 ZERO = re.compile(r"_AreaShape_CentralMoment_(0_1|1_0)$")  # zero by definition; what CellProfiler writes is rounding noise
 
@@ -227,10 +228,11 @@ def read_csv(path, **options):
 
 
 def numbers(frame, where, first=2):
-    """The frame with text columns turned into numbers; other text is an InputError with its column and row (`first`: number of the first row)."""
+    """The frame with its text columns as numbers; text that is none is an InputError with column and row (`first`: number of the first row)."""
     for name in [c for c in frame if not pd.api.types.is_numeric_dtype(frame[c])]:
         value = pd.to_numeric(frame[name], errors="coerce").astype(float)
-        wrong = value.isna() & frame[name].notna() & ~frame[name].astype(str).str.strip().str.lower().isin(["", "nan", "na", "null", "none"])
+        missing = frame[name].isna() | frame[name].astype(str).str.strip().str.lower().isin(["", "nan", "na", "null", "none"])
+        wrong = value.isna() & ~missing
         if wrong.any():
             row = int(wrong.to_numpy().argmax())
             raise InputError(f"{where}, row {row + first}, column {name}: {frame[name].iloc[row]!r} is not a number")
@@ -238,14 +240,14 @@ def numbers(frame, where, first=2):
     return frame
 
 
-ANNOTATION = {"cell": ("single_cell_image_id", "cell"), "field": ("multi_cell_image_name",), "plate": ("plate", "barcode"), "well": ("well",),
-              "site": ("site",), "replicate": ("replicate",), "compound": ("compound",), "concentration": ("concentration",), "moa": ("moa",)}
+SPELLINGS = {"cell": ("single_cell_image_id", "cell"), "field": ("multi_cell_image_name",), "plate": ("plate", "barcode"),
+             **{name: (name,) for name in ("well", "site", "replicate", "compound", "concentration", "moa")}}
 
 
 def annotate(table):
     """The columns of cells.csv that a table tells under the names in use: Image_Metadata_Plate_DAPI, Metadata_Plate, plate, ..."""
     plain = {re.sub(r"^(image_)?(metadata_)?|_(dapi|dna)$", "", c.lower()): c for c in reversed(list(table.columns))}
-    named = {name: next((plain[s] for s in spellings if s in plain), None) for name, spellings in ANNOTATION.items()}
+    named = {name: next((plain[s] for s in spellings if s in plain), None) for name, spellings in SPELLINGS.items()}
     return pd.DataFrame({name: table[c] for name, c in named.items() if c}, index=table.index)
 
 
@@ -256,7 +258,8 @@ def annotate(table):
 OBJECTS = ("Nuclei", "Cells", "Cytoplasm")
 KEYS = ("TableNumber", "ImageNumber")  # of a field; ImageNumber alone repeats across BBBC021's tables
 BOX = [f"AreaShape_BoundingBox{m}imum_{a}" for m in ("Min", "Max") for a in "XY"]
-PAIRING = {"ObjectNumber", "Number_Object_Number", "Parent_Nuclei", *(f"{f}_Center_{a}" for f in ("Location", "AreaShape") for a in "XY"), *BOX}
+CENTRES = [f"{family}_Center_{a}" for family in ("Location", "AreaShape") for a in "XY"]
+PAIRING = {"ObjectNumber", "Number_Object_Number", "Parent_Nuclei", *CENTRES, *BOX}
 
 
 def csv_source(path, name):
@@ -271,12 +274,15 @@ def csv_source(path, name):
             for number, line in enumerate(file, 1):  # pandas fills short rows and cuts long ones without a word
                 width = len(next(csv.reader([line]))) if '"' in line else line.count(",") + 1
                 if width != len(header[0]) and line.strip():
-                    raise InputError(f"{path}: row {number} has {width} fields, the header {len(header[0])}: it is damaged, export it again")
+                    raise InputError(f"{path}: row {number} has {width} fields, the header {len(header[0])}; damaged? export it again")
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a CSV in UTF-8 ({error})") from None
     if not header:
         raise InputError(f"{path}: is empty, expected a header; export it again or leave its folder out (--skip-bad)")
-    names = [c if o == "Image" else f"{o}_{c}" for o, c in zip(*header)] if name is None else [c if c in KEYS else f"{name}_{c}" for c in header[0]]
+    if name is None:
+        names = [c if o == "Image" else f"{o}_{c}" for o, c in zip(*header)]
+    else:
+        names = [c if c in KEYS else f"{name}_{c}" for c in header[0]]
     used = [c for c in names if FEATURE.fullmatch(c) or c in KEYS]
     if len(set(used)) < len(used):
         raise InputError(f"{path}: column {next(c for c in used if used.count(c) > 1)} stands twice; remove one")
@@ -294,7 +300,8 @@ def read_folder(folder):
         return found[hits[0]] if hits else None
 
     if not find("Image") or not (find("Nuclei") or find("Object")):
-        raise InputError(f"{folder}: has no {'Nuclei' if find('Image') else 'Image'}.csv, it has {', '.join(p.name for p in found.values())}")
+        lacks = "Nuclei" if find("Image") else "Image"
+        raise InputError(f"{folder}: has no {lacks}.csv, it has {', '.join(p.name for p in found.values())}")
     csv_source(find("Image"), "Image")
     images = read_csv(find("Image"), dtype=str)
     if find("Nuclei"):
@@ -330,7 +337,8 @@ def read_sqlite(path):
 def sql_frames(source, columns):
     try:
         with open_sqlite(source["path"]) as connection:
-            yield from pd.read_sql("select " + ", ".join(f'"{c}"' for c in columns) + f' from "{source["table"]}"', connection, chunksize=CHUNK)
+            quoted = ", ".join(f'"{c}"' for c in columns)
+            yield from pd.read_sql(f'select {quoted} from "{source["table"]}"', connection, chunksize=CHUNK)
     except (sqlite3.DatabaseError, pd.errors.DatabaseError) as error:
         raise InputError(f"{source['path']}: not a readable SQLite file ({error})") from None
 
@@ -374,15 +382,17 @@ def keep_cells(cells, pieces, stay):
 
 
 def read_keys(source, o, keys, fields, where):
-    """What places and pairs the objects `o`, sorted by field and number: (frame, whose index is the row in the source; rows of the source)."""
-    used = [c for c in dict.fromkeys(source["names"]) if c in keys or c == "ObjectNumber" or c.startswith(o + "_") and c[len(o) + 1:] in PAIRING]
+    """What places and pairs the objects `o`: (frame sorted by field and number, its index the row in the source; rows of the source)."""
+    wanted = {*keys, "ObjectNumber", *(f"{o}_{c}" for c in PAIRING)}
+    used = [c for c in dict.fromkeys(source["names"]) if c in wanted]
     chunks = list(read_chunks(source, used))
     table = pd.concat(chunks, ignore_index=True) if chunks else pd.DataFrame(columns=used, dtype=float)
     rows, number = len(table), next((c for c in (f"{o}_Number_Object_Number", f"{o}_ObjectNumber", "ObjectNumber") if c in table), None)
     if number is None:
         raise InputError(f"{where}: {o} has no column ObjectNumber, expected what CellProfiler exports")
     table = table.rename(columns=lambda c: c.removeprefix(o + "_")).assign(number=table[number])
-    table = table.dropna(subset=[c for c in table if c in PAIRING and c != "ObjectNumber"], how="all")  # one table for all pads with empty rows
+    own = [c for c in table if c in PAIRING and c != "ObjectNumber"]
+    table = table.dropna(subset=own, how="all")  # one table for all objects pads the fewer ones with empty rows
     table["image"] = fields.get_indexer(pd.MultiIndex.from_frame(table[keys].astype(float)))
     if (table["image"] < 0).any():
         stray = table["ImageNumber"][table["image"] < 0].iloc[0]
@@ -421,8 +431,8 @@ def check_boxes(table, o, where):
         outside = (x < table[BOX[0]]) | (y < table[BOX[1]]) | (x > table[BOX[2]]) | (y > table[BOX[3]])
         if outside.any():
             first = table[outside].iloc[0]
-            raise InputError(f"{where}: {outside.sum()} of {len(table)} {o} lie outside their own bounding box, first: image {first['ImageNumber']:.0f}, "
-                             f"object {first['number']:.0f}; AreaShape is of others: measure again")
+            raise InputError(f"{where}: {outside.sum()} of {len(table)} {o} lie outside their own bounding box, first: image "
+                             f"{first['ImageNumber']:.0f}, object {first['number']:.0f}; AreaShape is of others: measure again")
 
 
 def pair_objects(images, sources, where, keep, report):
@@ -457,7 +467,8 @@ def pair_objects(images, sources, where, keep, report):
             cell = np.where(absent, -1, known.get_indexer(pd.MultiIndex.from_arrays([table["image"], parent])))
             if (twice := pd.Series(cell[cell >= 0]).duplicated()).any():
                 image, nucleus = known[cell[cell >= 0][twice][0]]
-                raise InputError(f"{where}: image {images['ImageNumber'].iloc[image]} has two {o} with parent nucleus {nucleus:.0f}; filter them in CellProfiler")
+                raise InputError(f"{where}: image {images['ImageNumber'].iloc[image]} has two {o} with parent nucleus {nucleus:.0f}; "
+                                 "filter them in CellProfiler")
             moved, first = misplaced(source, o, table, rows, absent, features)
             box = [c for c in BOX if f"{o}_{c}" in moved]
             table.loc[~absent, box] = table.loc[first, box].to_numpy()  # as many rows, in the same order, in every field
@@ -466,10 +477,11 @@ def pair_objects(images, sources, where, keep, report):
             missing = ~np.isin(np.arange(len(known)), cell)
             by_number = int((parent != table["number"])[~absent].sum()) if source == sources["Nuclei"] else 0
             for count, text in (
-                    (len(moved), f"columns of {o} stand beside the rows of absent objects, as CellProfiler up to 4.2 writes them: moved back"),
-                    (by_number, f"{o} stand beside another nucleus in this table, which CellProfiler paired by number: paired again by Parent_Nuclei"),
+                    (len(moved), f"columns of {o} stand beside the rows of absent objects (CellProfiler up to 4.2): moved back"),
+                    (by_number, f"{o} stand beside another nucleus, CellProfiler paired them by number: paired again by Parent_Nuclei"),
                     (int(((cell < 0) & ~absent).sum()), f"{o} have a parent nucleus that is not in the Nuclei table: left out"),
-                    (int((missing & has_cell).sum()), "nuclei have no cell: left out" if o == "Cells" else f"cells have no {o}: its values are missing")):
+                    (int((missing & has_cell).sum()),
+                     "nuclei have no cell: left out" if o == "Cells" else f"cells have no {o}: its values are missing")):
                 if count:
                     report.append(f"{where}: {count} {text}")
             if o == "Cells":
@@ -501,7 +513,8 @@ def read_export(path, channel=CHANNELS[0], keep=None, skip_bad=False):
             cells, own = pair_objects(images, sources, export, keep, report)
             features = [c for o in OBJECTS for _, columns, _ in own for c in columns if c.startswith(o + "_")]
             if names is not None and set(features) != set(names):
-                raise InputError(f"{export}: has other features than {exports[0]}, e.g. {min(set(features) ^ set(names))}; export all with one pipeline")
+                raise InputError(f"{export}: has other features than the exports before it, e.g. {min(set(features) ^ set(names))}; "
+                                 "export all with one pipeline")
         except InputError as error:
             if not skip_bad or len(exports) == 1:
                 raise
@@ -515,15 +528,15 @@ def read_export(path, channel=CHANNELS[0], keep=None, skip_bad=False):
             images[c] = images[c].str.replace(r".*[/\\]", "", regex=True)
         file = images.get(f"FileName_{channel}", next((images[c] for c in images if c.startswith("FileName_")), None))
         images["field"] = export.stem + "_" + images["ImageNumber"] if file is None else file.str.replace(r"\.\w+$", "", regex=True)
-        cells["image"] += len(all_images) and sum(map(len, all_images))
+        cells["image"] += sum(map(len, all_images))
         pieces += [(source, columns, np.where(place >= 0, place + n, -1)) for source, columns, place in own]
         n += len(cells)
         all_cells.append(cells), all_images.append(images)
     if not n:
         raise InputError(f"{path}: no cell in it" + (f"; {report[-1]}" if report else ""))
     cells, images = pd.concat(all_cells, ignore_index=True), pd.concat(all_images, ignore_index=True).fillna("")
-    if images["field"].duplicated().any():
-        raise InputError(f"{path}: image file {images['field'][images['field'].duplicated()].iloc[0]!r} stands in two rows of the Image tables; keep one export of it")
+    if (twice := images["field"].duplicated()).any():
+        raise InputError(f"{path}: image file {images['field'][twice].iloc[0]!r} stands in two rows of the Image tables; keep one export of it")
     if empty := int((~images.index.isin(cells["image"])).sum()):
         report.append(f"{path}: {empty} of {len(images)} fields have no cells")
     told = annotate(images).drop(columns="cell", errors="ignore").assign(field=images["field"]).iloc[cells["image"]].reset_index(drop=True)
@@ -533,7 +546,7 @@ def read_export(path, channel=CHANNELS[0], keep=None, skip_bad=False):
 
 
 def read_table(path, channel=CHANNELS[0]):
-    """A table of measurements with one row a cell, for model.generate: any CSV with CellProfiler's prefixed names, or an export (read_export).
+    """A table of measurements, one row a cell, for model.generate: any CSV with CellProfiler's prefixed names, or an export (read_export).
 
     Returns a frame with `cell` (a name), what is known of plate and treatment, and the features; memory holds it whole.
     """

@@ -3,8 +3,8 @@
     python interpolate.py sweep --data out/ --run runs/cp2image-seed0 --feature Nuclei_AreaShape_Area
     python interpolate.py sweep --table export/ --run runs/cp2image-seed0/last.pt --feature Nuclei_AreaShape_Area     # anyone's cells
 
-Reads a prepared folder, or any table of CellProfiler measurements (data.read_table), and a run. Writes OUT/sweep_<feature>.png (the strip, each value in CellProfiler's units below its picture)
-and OUT/sweep_<feature>.json (the values).
+Reads a prepared folder, or any table of CellProfiler measurements (data.read_table), and a run. Writes OUT/sweep_<feature>.png (the
+strip, each value in CellProfiler's units below its picture) and OUT/sweep_<feature>.json (the values).
 """
 import argparse
 import difflib
@@ -88,10 +88,10 @@ def parse(argv):
     add = one.add_argument
     source = one.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", metavar="DIR", help="the prepared folder of the run (prepare_bbbc021.py --out)")
-    source.add_argument("--table", metavar="FILE", help="other cells: CellProfiler's folder of CSV files, SQLite file, or a CSV with its prefixed names")
+    source.add_argument("--table", metavar="FILE", help="other cells: CellProfiler's CSV folder or SQLite file, or a CSV with its prefixed names")
     add("--run", required=True, metavar="RUN", help="a run's folder (its last.pt is used) or a checkpoint file, RUN/best.pt")
     add("--feature", required=True, metavar="NAME", help="CellProfiler name, e.g. Nuclei_AreaShape_Area")
-    add("--cell", metavar="KEY", help="the cell to edit, by its name in cells.csv or in the table (default: the one closest to the mean of the split or table)")
+    add("--cell", metavar="KEY", help="the cell to edit, by its name (default: the one closest to the mean of the split or table)")
     add("--split", default="test", choices=["train", "val", "test"], help="where the default cell is looked for (default test)")
     add("--steps", type=int, default=7, help="pictures in the strip (default 7)")
     add("--low", type=float, help="first value, CellProfiler's units (default: 1st percentile of the training cells or of the table)")
@@ -151,7 +151,7 @@ def main(argv=None):
     print(f"{title}: {values[0]:.4g} to {values[-1]:.4g} in {args.steps} steps; {path}")
     outside = [f"{v:.4g}" for v in values if not known[0] <= v <= known[-1]]
     if outside:
-        print(f"warning: {', '.join(outside)} lie outside the range of the {whose}, {known[0]:.4g}..{known[-1]:.4g}: these pictures are extrapolations")
+        print(f"warning: {', '.join(outside)} lie outside the {whose} range {known[0]:.4g}..{known[-1]:.4g}: these pictures are extrapolations")
 
 
 if __name__ == "__main__":

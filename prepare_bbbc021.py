@@ -3,7 +3,7 @@
     python prepare_bbbc021.py --simulate --out out/                                       # simulated cells, no download
     python prepare_bbbc021.py --crops DIR --features features.csv.gz --out real/          # BBBC021 crops as they circulate
     python prepare_bbbc021.py --images DIR --cellprofiler EXPORT --image-csv BBBC021_v1_image.csv --moa BBBC021_v1_moa.csv --out real/
-    python prepare_bbbc021.py --simulate --write-release DIR                              # simulated fields and tables, to try the line above
+    python prepare_bbbc021.py --simulate --write-release DIR                              # fields and tables to try the line above on
     python prepare_bbbc021.py --check out/                                                # compare every checksum
 
 Work goes to OUT.partial and is renamed to OUT when it is whole; an interrupted preparation goes on where it was. Memory stays bounded
@@ -255,7 +255,10 @@ def simulate_field(table, x, y, seed):
 
 
 def cut(field, x, y):
-    """Crops (n, C, 68, 68) uint16 of a field's C channels (H, W) around x (columns) and y (rows): the centre's pixel is number 34. All must lie inside."""
+    """Crops (n, C, 68, 68) uint16 of a field's C channels (H, W) around x (columns) and y (rows): the centre's pixel is number 34.
+
+    All must lie inside.
+    """
     patches = np.empty((len(x), len(field), SIZE, SIZE), np.uint16)
     for patch, r, c in zip(patches, np.floor(y).astype(int) - SIZE // 2, np.floor(x).astype(int) - SIZE // 2):
         for k, channel in enumerate(field):
@@ -264,9 +267,9 @@ def cut(field, x, y):
 
 
 def write_release(folder, cells, table, seed):
-    """The simulated fields as BBBC021 is released and CellProfiler exports it: images/, BBBC021_v1_image.csv and _moa.csv, cellprofiler/*.csv.
+    """The simulated fields as BBBC021 and CellProfiler write them: images/, BBBC021_v1_image.csv and _moa.csv, cellprofiler/*.csv.
 
-    As in real exports the numbers of cells and cytoplasms are not those of their nuclei: Parent_ columns tell. Returns the number of fields.
+    As in real exports the numbers of cells and cytoplasms are not those of their nuclei: Parent_ columns tell. Returns the count of fields.
     """
     folder, export = Path(folder), Path(folder) / "cellprofiler"
     export.mkdir(parents=True)
@@ -290,7 +293,8 @@ def write_release(folder, cells, table, seed):
         path.mkdir(parents=True, exist_ok=True)
         for name, channel in zip(CHANNELS, pixels):
             Image.fromarray(channel).save(path / image[f"Image_FileName_{name}"][i], format="TIFF")
-    image.filter(regex="FileName|PathName|ImageNumber").rename(columns=lambda c: c.removeprefix("Image_")).to_csv(export / "Image.csv", index=False)
+    own = image.filter(regex="FileName|PathName|ImageNumber")
+    own.rename(columns=lambda c: c.removeprefix("Image_")).to_csv(export / "Image.csv", index=False)
     per_field = cells.groupby("field", sort=False)
     nucleus, last = per_field.cumcount() + 1, per_field["cell"].transform("size")
     numbers = {"Nuclei": nucleus, "Cells": last + 1 - nucleus, "Cytoplasm": nucleus % last + 1}
@@ -443,29 +447,30 @@ def index_files(folder):
     for path in sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".tif", ".tiff") and not p.name.startswith(".")):
         first = found.setdefault(path.name, path)
         if first is not path and not filecmp.cmp(first, path, shallow=False):
-            raise InputError(f"{first} and {path} have one name and different pixels; images are found by name: give a folder that holds one of them")
+            raise InputError(f"{first} and {path} have one name and different pixels; images are found by name: give a folder with one of them")
     if not found:
         raise InputError(f"{folder}: no .tif or .tiff in it or below; give --images the folder of the fields")
     return found
 
 
 def read_tiff(path, header_only=False):
-    """One grey field -> (H, W) uint16 or uint8, uncompressed, LZW, deflate or PackBits (`header_only`: its (H, W)); InputError for anything else.
+    """One grey field -> (H, W) uint16 or uint8, uncompressed, LZW, deflate or PackBits; InputError for anything else.
 
-    Pillow reads it, but for uncompressed strips that lie end to end (BBBC021 has 342 of 3 rows), where one np.fromfile is ten times as fast.
+    `header_only`: just its (H, W). Pillow reads it, but for uncompressed strips that lie end to end (BBBC021 has 342 of 3 rows), where
+    one np.fromfile is ten times as fast.
     """
     try:
         with Image.open(path) as image:
             black = image.tag_v2.get(262, 1) if image.format == "TIFF" else None
             if image.mode not in ("L", "I;16", "I;16B") or black != 1 or image.n_frames > 1:
-                raise InputError(f"{path}: {image.format} of mode {image.mode}, expected a TIFF of one page, one grey channel of 8 or 16 bits, black 0")
+                raise InputError(f"{path}: {image.format} of mode {image.mode}, expected a TIFF of one page, one grey channel, 8 or 16 bits, black 0")
             if header_only:
                 return image.height, image.width
             tag = image.tag_v2
             dtype = np.dtype("u1" if image.mode == "L" else "<u2" if tag.prefix == b"II" else ">u2")
             start, length = np.array(tag.get(273, ())), np.array(tag.get(279, ()))
-            if tag.get(259, 1) == tag.get(266, 1) == 1 and tag.get(258) == (8 * dtype.itemsize,) and (start[1:] == (start + length)[:-1]).all() \
-                    and length.sum() == image.width * image.height * dtype.itemsize:
+            plain = tag.get(259, 1) == tag.get(266, 1) == 1 and tag.get(258) == (8 * dtype.itemsize,)  # compression, order and number of bits
+            if plain and (start[1:] == (start + length)[:-1]).all() and length.sum() == image.width * image.height * dtype.itemsize:
                 pixels = np.fromfile(path, dtype, image.width * image.height, offset=int(start[0])).reshape(image.height, image.width)
             else:
                 pixels = np.asarray(image)
@@ -487,11 +492,12 @@ def fields_table(folder, export, image_csv, channels, keep=None, moa=None, skip_
     for c in channels:
         if f"FileName_{c}" not in images or (images[f"FileName_{c}"] == "").any():
             has = [n.removeprefix("FileName_") for n in images if n.startswith("FileName_")]
-            raise InputError(f"{export}: channel {c} has no file name for every field, there are names of {', '.join(has) or 'none'}; see --channels")
+            raise InputError(f"{export}: channel {c} has no file name for every field, names are of {', '.join(has) or 'none'}; see --channels")
     if not names:
         raise InputError(f"{export}: no feature column" + (f" that matches --columns {keep}" if keep else ""))
     found = index_files(folder)
-    files = {row["field"]: [found.get(row[f"FileName_{c}"], Path(folder) / row[f"FileName_{c}"]) for c in channels] for _, row in images.iterrows()}
+    file_names = images[[f"FileName_{c}" for c in channels]].to_numpy()
+    files = {field: [found.get(name, Path(folder) / name) for name in row] for field, row in zip(images["field"], file_names)}
     if image_csv:
         table = read_csv(image_csv, dtype=str)
         if "Image_FileName_DAPI" not in table:
@@ -500,7 +506,8 @@ def fields_table(folder, export, image_csv, channels, keep=None, moa=None, skip_
         file = images[f"FileName_{channels[0]}"]
         if told.index.has_duplicates or not file.isin(told.index).any():
             twice = told.index[told.index.duplicated()]
-            raise InputError(f"{image_csv}: " + (f"{twice[0]} stands in two rows" if len(twice) else f"no file of {export} is in it, e.g. {file.iloc[0]}"))
+            wrong = f"{twice[0]} stands in two rows" if len(twice) else f"no file of {export} is in it, e.g. {file.iloc[0]}"
+            raise InputError(f"{image_csv}: {wrong}; give the table of these images")
         told = told.reindex(file).fillna("").iloc[cells["image"]].reset_index(drop=True)
         cells = pd.concat([cells[["cell", "field", "image", "x", "y"]], told], axis=1)
 
@@ -515,7 +522,7 @@ def fields_table(folder, export, image_csv, channels, keep=None, moa=None, skip_
     x, y = np.floor(cells["x"]), np.floor(cells["y"])
     inside = ((x >= low) & (y >= low) & (x + SIZE - low <= width) & (y + SIZE - low <= height)).to_numpy()
     if not inside.all():
-        report.append(f"{(~inside).sum()} of {len(cells)} cells lie less than half a crop from the edge of their field, or nowhere: left out")
+        report.append(f"{(~inside).sum()} of {len(cells)} cells lie less than half a crop from the edge of their field: left out")
     cells, pieces = data.keep_cells(cells, pieces, inside)
     cells, more = complete_cells(cells.drop(columns="image"), moa)
     return cells, names, dropped, pieces, report + more, files
@@ -864,9 +871,9 @@ def parse(argv):
     source.add_argument("--images", metavar="DIR", help="whole fields: TIFF files, found by name anywhere below DIR")
     source.add_argument("--check", metavar="DIR", help="compare every checksum of a prepared folder, write nothing")
     add("--features", metavar="TABLE", help=f"with --crops: CSV of CellProfiler measurements, key column {KEY}")
-    add("--cellprofiler", metavar="EXPORT", help="with --images: CellProfiler's folder of CSV files (or of such folders) or its SQLite file")
-    add("--image-csv", metavar="FILE", help="with --images: BBBC021_v1_image.csv, plate and treatment by file name (default: CellProfiler's Metadata_)")
-    add("--channels", default=",".join(CHANNELS), help="with --images: the FileName_ columns in the order of the output (default DAPI,Tubulin,Actin)")
+    add("--cellprofiler", metavar="EXPORT", help="with --images: CellProfiler's folder of CSV files (or of such folders), or SQLite file")
+    add("--image-csv", metavar="FILE", help="with --images: BBBC021_v1_image.csv, what a field is (default: CellProfiler's Metadata_)")
+    add("--channels", default=",".join(CHANNELS), help="with --images: names of the FileName_ columns in order (default DAPI,Tubulin,Actin)")
     add("--write-release", metavar="DIR", help="with --simulate: write fields, BBBC021's tables and CellProfiler's, and no prepared folder")
     add("--moa", metavar="FILE", help="BBBC021_v1_moa.csv: mechanisms by compound and concentration (default: the metadata's own)")
     add("--stored-order", default="DAPI,Actin,Tubulin", help="with --crops: channels in the order the files hold them (default DAPI,Actin,Tubulin)")
@@ -924,8 +931,9 @@ def main(argv=None):
         if Path(args.write_release).exists():
             raise InputError(f"{args.write_release}: exists already; choose another --write-release, or delete it")
         r = args.write_release
-        print(f"{r}: {write_release(r, *simulate_table(args.simulate, args.seed), args.seed)} fields; next: python prepare_bbbc021.py --images {r}/images "
-              f"--cellprofiler {r}/cellprofiler --image-csv {r}/BBBC021_v1_image.csv --moa {r}/BBBC021_v1_moa.csv --out out/")
+        count = write_release(r, *simulate_table(args.simulate, args.seed), args.seed)
+        print(f"{r}: {count} fields; next: python prepare_bbbc021.py --images {r}/images --cellprofiler {r}/cellprofiler "
+              f"--image-csv {r}/BBBC021_v1_image.csv --moa {r}/BBBC021_v1_moa.csv --out out/")
         return
     out = Path(args.out)
     options = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "check", "write_release")}
@@ -951,7 +959,8 @@ def main(argv=None):
         channels = args.channels.split(",")
         if len(set(channels)) < 3 or len(channels) > 3:
             raise InputError(f"--channels {args.channels}: expected three names, separated by commas")
-        cells, names, dropped, pieces, report, files = fields_table(args.images, args.cellprofiler, args.image_csv, channels, args.columns, moa, args.skip_bad)
+        cells, names, dropped, pieces, report, files = fields_table(args.images, args.cellprofiler, args.image_csv, channels, args.columns,
+                                                                    moa, args.skip_bad)
     stay, more = select(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
     cells, pieces = data.keep_cells(cells, pieces, stay)
 
@@ -962,10 +971,11 @@ def main(argv=None):
         for a, b in zip(runs, runs[1:]):
             k = np.searchsorted(bounds, row[a], "right")
             whole = slice(bounds[k - 1], bounds[k])
-            units.append((a, (table[whole], drawn["x"].to_numpy()[whole], drawn["y"].to_numpy()[whole], [args.seed, 5, whole.start], row[a:b] - whole.start)))
+            x, y = (drawn[c].to_numpy()[whole] for c in ("x", "y"))
+            units.append((a, (table[whole], x, y, [args.seed, 5, whole.start], row[a:b] - whole.start)))
         read_unit = simulated_unit
     elif args.crops:
-        paths = [Path(args.crops) / field / (cell if cell.endswith(".npy") else cell + ".npy") for field, cell in zip(cells["field"], cells["cell"])]
+        paths = [Path(args.crops, field, cell.removesuffix(".npy") + ".npy") for field, cell in zip(cells["field"], cells["cell"])]
         units = [(a, (paths[a:a + 256], [stored.index(c) for c in channels])) for a in range(0, len(cells), 256)]
         read_unit = crops_unit
     else:
