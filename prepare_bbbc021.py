@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -641,6 +642,16 @@ def plate_scales(raw, cells, centre_scale):
 # Writing the folder
 
 
+def begin_worker():
+    """A worker leaves Ctrl-C to its parent, and ends when that has died."""
+    def watch(parent=os.getppid()):
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def read_patches(target, units, read_unit, state, workers, skip_bad):
     """Fills target (N, C, 68, 68) unit by unit, in parallel; what is done is kept in the file `state`, so that it can be taken up again.
 
@@ -656,7 +667,7 @@ def read_patches(target, units, read_unit, state, workers, skip_bad):
         state.with_suffix(".tmp").write_text(json.dumps(done))
         os.replace(state.with_suffix(".tmp"), state)
 
-    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) if workers > 1 else None
+    pool = ProcessPoolExecutor(workers, initializer=begin_worker) if workers > 1 else None
     ahead = []
     try:
         upcoming = iter(range(done["units"], len(units)))
