@@ -29,7 +29,7 @@ FILES = ("patches.npy", "features.npy", "cells.csv")
 CELL_COLUMNS = ["cell", "field", "plate", "well", "site", "replicate", "compound", "concentration", "moa", "x", "y", "split"]
 TEXT_COLUMNS = {c: str for c in CELL_COLUMNS if c not in ("concentration", "x", "y")}
 FULL_SCALE = 65535  # the 16-bit level that CellProfiler calls 1
-CHUNK = 4096  # cells handled at once: bounds the memory
+CHUNK = 1024  # cells handled at once: bounds the memory
 
 
 class InputError(ValueError):
@@ -364,7 +364,7 @@ def read_chunks(source, columns):
         done += len(frame)
 
 
-def fill_features(target, names, pieces):
+def fill_features(target, names, pieces, after_chunk=lambda: None):
     """Reads all pieces and puts every row where it belongs: target (N, len(names)) float32, one row a cell."""
     column = {name: j for j, name in enumerate(names)}
     for source, columns, place in pieces:
@@ -373,6 +373,7 @@ def fill_features(target, names, pieces):
             cell = place[done:done + len(chunk)]
             target[cell[cell >= 0][:, None], to] = chunk.to_numpy(np.float32)[cell >= 0]
             done += len(chunk)
+            after_chunk()
 
 
 def keep_cells(cells, pieces, stay):

@@ -106,10 +106,9 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    run = Path(args.run)
+    folder, run = data.open_folder(args.data) if args.data else None, Path(args.run)
     checkpoint, run = (run / "last.pt", run) if run.is_dir() else (run, run.parent)
     G = model.load(checkpoint, args.device)
-    folder = data.open_folder(args.data) if args.data else None
     if folder and (G.features != folder.features or G.identity != folder.identity()):
         raise data.InputError(f"{checkpoint}: was trained on another prepared folder than {args.data} (other features or checksums); give the --data of that run")
     dropped = folder and folder.meta["dropped"].get(args.feature)
@@ -151,7 +150,7 @@ def main(argv=None):
     print(f"{title}: {values[0]:.4g} to {values[-1]:.4g} in {args.steps} steps; {path}")
     outside = [f"{v:.4g}" for v in values if not known[0] <= v <= known[-1]]
     if outside:
-        print(f"warning: {', '.join(outside)} lie outside the {whose} range {known[0]:.4g}..{known[-1]:.4g}: these pictures are extrapolations")
+        print(f"warning: {', '.join(outside)} lie outside the {whose}' range {known[0]:.4g}..{known[-1]:.4g}: these pictures are extrapolations")
 
 
 if __name__ == "__main__":

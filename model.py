@@ -49,12 +49,12 @@ class Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, n):
-        _, mean, rstd = torch.native_batch_norm(x[:n], None, None, None, None, True, 0.0, EPS)
+        y, mean, rstd = torch.native_batch_norm(x[:n], weight, bias, None, None, True, 0.0, EPS)
         var = rstd ** -2 - EPS  # biased
         ctx.save_for_backward(x, weight, mean, var)
         ctx.n = n
         ctx.mark_non_differentiable(mean, var)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, EPS), mean, var
+        return (y if n == len(x) else F.batch_norm(x, mean, var, weight, bias, False, 0.0, EPS)), mean, var
 
     @staticmethod
     def backward(ctx, grad, *_):

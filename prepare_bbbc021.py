@@ -14,6 +14,8 @@ import ctypes
 import filecmp
 import hashlib
 import json
+import math
+import mmap
 import os
 import re
 import signal
@@ -25,6 +27,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy.ndimage as ndi
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -325,6 +330,7 @@ def simulated_unit(unit):
 # Crops as they circulate: DIR/<DAPI stem>/<DAPI stem>_<k>.npy and DIR/metadata.csv
 
 KEY = "Single_Cell_Image_Id"
+CROPS_AT_ONCE = 256  # files in a unit of work
 
 
 def read_moa(path):
@@ -576,11 +582,17 @@ def split_cells(cells, by, seed):
     return split
 
 
+def release(array):
+    """Lets go of the memory that a memory-mapped array holds in this process; what was written stays in the file. Linux; else nothing."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        array._mmap.madvise(mmap.MADV_DONTNEED)
+
+
 def chunks(n):
     return [slice(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)]
 
 
-def moments(raw, rows):
+def column_moments(raw, rows):
     """Count, mean and standard deviation (ddof 0) of the columns of `raw` over the row numbers `rows`, missing left out; in chunks, float64."""
     count, total, square = (np.zeros(raw.shape[1]) for _ in range(3))
     for c in chunks(len(rows)):
@@ -604,7 +616,7 @@ def columns_to_drop(raw, names, train, drop_duplicates):
         if drop_duplicates:
             for digest, column in zip(digests, np.ascontiguousarray(block.T)):
                 digest.update(column.tobytes())
-    count, mean, sd = moments(raw, train)
+    count, mean, sd = column_moments(raw, train)
     dropped, seen = {}, {}
     for j, name in enumerate(names):
         if missing[j] > MAX_MISSING * n:
@@ -633,7 +645,7 @@ def plate_scales(raw, cells, centre_scale):
             cells.loc[rows, "split"] = "reference"
         if len(rows) < 2:
             raise InputError(f"plate {plate}: {len(rows)} DMSO cells, --normalise plate-dmso needs at least 2 on every plate; use --normalise train or --exclude the plate")
-        _, mean, sd = moments(raw, rows)
+        _, mean, sd = column_moments(raw, rows)
         plates[plate] = {"centre": mean, "scale": np.where(sd > 0, sd, centre_scale[1]), "cells": len(rows)}
     return plates
 
@@ -642,12 +654,22 @@ def plate_scales(raw, cells, centre_scale):
 # Writing the folder
 
 
+def keep_freed_memory():
+    """Tells glibc to keep freed memory for the next field: giving it back and faulting it in again halved the rate."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, -1), mallopt(-4, 0)  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no separate mappings
+    except (AttributeError, OSError):
+        pass  # another C library: nothing to set
+
+
 def begin_worker():
-    """A worker leaves Ctrl-C to its parent, and ends when that has died."""
+    """A worker leaves Ctrl-C to its parent and ends when that has died."""
     def watch(parent=os.getppid()):
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
@@ -664,6 +686,7 @@ def read_patches(target, units, read_unit, state, workers, skip_bad):
 
     def save():
         target.flush()
+        release(target)
         state.with_suffix(".tmp").write_text(json.dumps(done))
         os.replace(state.with_suffix(".tmp"), state)
 
@@ -705,6 +728,7 @@ def white_levels(patches, rows):
         black += int((block.max((2, 3)) == 0).any(1).sum())
         for k in range(len(count)):
             count[k] += np.bincount(block[:, k].ravel(), minlength=FULL_SCALE + 1)
+        release(patches)
     cumulated = count.cumsum(1)
     return [max(int(np.searchsorted(row, WHITE * row[-1])), 1) for row in cumulated], black
 
@@ -717,7 +741,9 @@ def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels,
     """
     out = Path(out)
     work = out.with_name(out.name + ".partial")
-    plan = hashlib.sha256(json.dumps([options, names, channels, cells.to_csv(index=False)], sort_keys=True, default=str).encode()).hexdigest()
+    plan = hashlib.sha256(pd.util.hash_pandas_object(cells, index=False).to_numpy().tobytes())
+    plan.update(json.dumps([options, names, channels], sort_keys=True, default=str).encode())
+    plan = plan.hexdigest()
     if (work / "plan").exists() and (work / "plan").read_text() != plan:
         raise InputError(f"{work}: an interrupted preparation with other options or input; repeat those to go on with it, or delete the folder")
     work.mkdir(parents=True, exist_ok=True)
@@ -730,10 +756,11 @@ def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels,
     bad = read_patches(patches, units, read_unit, work / "progress", workers, skip_bad)
     if not (work / "raw.npy").exists():
         raw = np.lib.format.open_memmap(work / "raw.tmp", "w+", np.float32, (n, len(names)))
+        write_back = lambda: (raw.flush(), release(raw))
         for c in chunks(n):
             raw[c] = np.nan
-        data.fill_features(raw, names, pieces)
-        raw.flush()
+            write_back()
+        data.fill_features(raw, names, pieces, write_back)
         os.replace(work / "raw.tmp", work / "raw.npy")
     raw = np.load(work / "raw.npy", mmap_mode="r")
 
@@ -753,7 +780,8 @@ def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels,
         kept = np.lib.format.open_memmap(work / "patches.tmp", "w+", np.uint16, (len(keep), *shape[1:]))
         for c in chunks(len(keep)):
             kept[c] = patches[keep[c]]
-        kept.flush()
+            kept.flush()
+            release(kept), release(patches)
         patches = kept
 
     # Features that stay, their centre and scale, and the values that are imputed and clipped
@@ -766,7 +794,7 @@ def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels,
     features = [names[j] for j in column]
     part = Rows(raw, keep, column)
     train = np.flatnonzero(cells["split"] == "train")
-    _, centre, scale = moments(part, train)
+    _, centre, scale = column_moments(part, train)
     for name in [f for f, sd in zip(features, scale) if f.endswith("_AreaShape_Orientation") and sd < 1.6]:
         print(f"{name} looks like radians, as CellProfiler 4.0 wrote it (other versions: degrees); do not mix tables of both")
     plates = plate_scales(part, cells, (centre, scale)) if options["normalise"] == "plate-dmso" else {}
@@ -780,7 +808,8 @@ def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels,
         block = np.where(np.isfinite(block), block, mid)
         clipped += (np.abs((block - mid) / sd) > CLIP).sum(0)
         final[c] = block
-    final.flush()
+        final.flush()
+        release(final)
     white, black = white_levels(patches, train)
     del raw, whole, part, patches, final
     if len(keep) < n:
@@ -818,7 +847,9 @@ class Rows:
         return len(self.rows)
 
     def __getitem__(self, i):
-        return np.asarray(self.array[self.rows[i]])[:, self.columns]
+        values = np.asarray(self.array[self.rows[i]])[:, self.columns]
+        release(self.array)
+        return values
 
 
 def describe(out):
@@ -843,10 +874,512 @@ def describe(out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Segmentation: nucleus and cell in the middle of a patch, or all of a field; numpy and scipy, whole stacks at once
+
+FLAT4 = ndi.generate_binary_structure(2, 1)[None] & np.array([False, True, False])[:, None, None]   # 4 neighbours, same image
+NUCLEUS, CELL = 1, 2                # bits of a mask
+MIN_AREA, MAX_SHARE = 150, 0.75     # pixels; share of a patch: what a plausible nucleus covers
+MIN_CONTRAST = 1.5                  # nucleus : background in DAPI; blank BBBC021 crops have 1.02-1.06, real nuclei 2.2 and more
+CENTRE = 6                          # pixels, how far from the middle of its patch the central nucleus may begin
+
+
+def otsu(x, bins=128):
+    """Otsu's threshold of each image of a stack: x (N, H, W) float -> (N, 1, 1)."""
+    n = len(x)
+    low, high = x.min((1, 2), keepdims=True), x.max((1, 2), keepdims=True)
+    level = np.minimum((x - low) / np.maximum(high - low, 1e-12) * bins, bins - 1).astype(int)
+    level += bins * np.arange(n)[:, None, None]
+    count = np.bincount(level.ravel(), minlength=n * bins).reshape(n, bins)
+    below, moment = count.cumsum(1), (count * np.arange(bins)).cumsum(1)
+    above, mean = below[:, -1:] - below, moment[:, -1:] / below[:, -1:]
+    between = (mean * below - moment) ** 2 / np.maximum(below * above, 1)       # variance between the two classes
+    return low + (high - low) * ((between.argmax(1) + 1) / bins)[:, None, None]
+
+
+def foreground(x, sigma, level=1.0):
+    """Bright pixels of each image, holes filled: smooth by `sigma` pixels, logarithm, cut at `level` of the way from the
+    darkest pixel to Otsu's threshold. x (N, H, W) of any scale -> (smoothed x, (N, H, W) bool)."""
+    x = ndi.gaussian_filter(np.maximum(x, 0).astype(np.float32), (0, sigma, sigma))
+    log = np.log(x / np.maximum(x.max((1, 2), keepdims=True), 1e-12) + 0.02)    # a dim nucleus beside a bright one stays
+    low = np.percentile(log, 0.1, axis=(1, 2), keepdims=True)
+    bright = ndi.binary_fill_holes(log > low + level * (otsu(log) - low), FLAT4)
+    return x, bright & ~bright.all((1, 2), keepdims=True)
+
+
+def hills(height):
+    """Label every pixel by the summit that steepest ascent reaches: height (N, H, W) -> (N, H, W) int, unique per summit."""
+    n, h, w = height.shape
+    index = np.arange(height.size).reshape(n, h, w)
+    best, to = height.astype(float) - 1e-9 * (index % (h * w)), index           # the tilt breaks ties on a plateau
+    around, index = np.pad(best, ((0, 0), (1, 1), (1, 1)), constant_values=-np.inf), np.pad(index, ((0, 0), (1, 1), (1, 1)))
+    for dy in (0, 1, 2):
+        for dx in (0, 1, 2):
+            step = around[:, dy:dy + h, dx:dx + w]
+            to = np.where(step > best, index[:, dy:dy + h, dx:dx + w], to)
+            best = np.maximum(step, best)
+    to = to.ravel()
+    while (to[to] != to).any():     # follow the pointers, doubling the stride
+        to = to[to]
+    return to.reshape(n, h, w) + 1
+
+
+def find_nuclei(dapi):
+    """Nuclei of each image: dapi (N, H, W) -> (smoothed dapi, (N, H, W) int labels, 0 = background).
+
+    Touching nuclei are parted where the smoothed distance to the background falls into different hills.
+    """
+    smooth, bright = foreground(dapi, 1)
+    depth = ndi.distance_transform_edt(bright, sampling=(1e3, 1, 1))            # 1e3: images of a stack are far apart
+    return smooth, hills(ndi.gaussian_filter(depth, (0, 3, 3))) * bright
+
+
+def find_cells(nuclei, tubulin, actin):
+    """Cells around nuclei: every bright pixel of tubulin + actin goes to the nearest nucleus. All (N, H, W) -> int labels."""
+    stain = sum(x / np.maximum(x.max((1, 2), keepdims=True), 1e-12) for x in (tubulin, actin))
+    _, bright = foreground(stain, 1, level=0.5)                                 # cells fade out: halfway to Otsu
+    image, row, column = ndi.distance_transform_edt(nuclei == 0, sampling=(1e3, 1, 1), return_distances=False,
+                                                    return_indices=True)
+    return nuclei[image, row, column] * (bright | (nuclei > 0))
+
+
+def keep_connected(mask, seed):
+    """The part of each mask that touches its seed, holes filled; both (N, H, W) bool."""
+    return ndi.binary_fill_holes(ndi.binary_propagation(seed & mask, FLAT4, mask=mask), FLAT4)
+
+
+def segment(images, chunk=256):
+    """Nucleus and cell in the middle of each patch.
+
+    images (N, 3, H, W) uint16 or float of any scale, channels DAPI, tubulin, actin.
+    Returns masks (N, H, W) uint8, bit 1 nucleus, bit 2 cell (which contains the nucleus). A patch without a plausible
+    nucleus at its centre (too small, too large, no contrast) is all zero: nothing is invented.
+    """
+    masks = np.zeros((len(images), *images.shape[2:]), np.uint8)
+    for start in range(0, len(images), chunk):
+        dapi, tubulin, actin = np.asarray(images[start:start + chunk], np.float32).transpose(1, 0, 2, 3)
+        smooth, nuclei = find_nuclei(dapi)
+        cells = find_cells(nuclei, tubulin, actin)
+        n, h, w = nuclei.shape
+        away = np.hypot(np.arange(h)[:, None] - (h - 1) / 2, np.arange(w) - (w - 1) / 2)
+        away = np.where(nuclei > 0, away, np.inf).reshape(n, -1)                # the nucleus nearest to the middle
+        label = np.where(away.min(1) <= CENTRE, nuclei.reshape(n, -1)[np.arange(n), away.argmin(1)], -1)[:, None, None]
+        seed = (away.reshape(n, h, w) == away.min(1)[:, None, None]) & (nuclei == label)
+        nucleus = keep_connected(nuclei == label, seed)
+        cell = keep_connected(cells == label, nucleus) | nucleus
+        area = nucleus.sum((1, 2))
+        dark = np.nanmedian(np.where(nuclei > 0, np.nan, smooth), (1, 2))
+        bright = (smooth * nucleus).sum((1, 2)) / np.maximum(area, 1)
+        ok = (area >= MIN_AREA) & (area <= MAX_SHARE * h * w) & (bright > MIN_CONTRAST * dark)
+        masks[start:start + chunk] = (NUCLEUS * nucleus + CELL * cell) * ok[:, None, None]
+    return masks
+
+
+def segment_field(dapi, tubulin, actin):
+    """Nuclei and cells of one whole field: three (H, W) images -> two (H, W) int32 label images, a cell has its nucleus' label.
+
+    Nuclei below MIN_AREA pixels or MIN_CONTRAST are dropped; labels run from 1 without gaps.
+    """
+    dapi, tubulin, actin = (np.asarray(x, np.float32)[None] for x in (dapi, tubulin, actin))
+    smooth, nuclei = find_nuclei(dapi)
+    nuclei = np.unique(nuclei, return_inverse=True)[1].reshape(nuclei.shape)
+    if not nuclei.any():
+        return np.zeros((2, *nuclei.shape[1:]), np.int32)
+    label = np.arange(nuclei.max() + 1)
+    keep = (np.bincount(nuclei.ravel()) >= MIN_AREA) & (label > 0)
+    keep &= ndi.mean(smooth, nuclei, label) > MIN_CONTRAST * np.median(smooth[nuclei == 0])
+    nuclei = np.where(keep, keep.cumsum(), 0)[nuclei]
+    cells = find_cells(nuclei, tubulin, actin)
+    return nuclei[0].astype(np.int32), cells[0].astype(np.int32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring as CellProfiler 4.2.8 does, without it: torch, any device, N objects at once.
+# Coordinates are 0-based pixel centres, X = column, Y = row. Formulae: CellProfiler's MeasureObject* modules (scikit-image, centrosome, mahotas).
+# m (N, H, W) bool is one object per patch with an empty margin of MARGIN pixels; x (N, C, H, W) float32 in 0..1.
+# Every family returns (names, values (N, len(names)) float64).
+
+MARGIN = 1          # pixels of nothing around a patch
+RINGS = 4
+HARALICK = ("AngularSecondMoment Contrast Correlation Variance InverseDifferenceMoment SumAverage SumVariance SumEntropy "
+            "Entropy DifferenceVariance DifferenceEntropy InfoMeas1 InfoMeas2").split()
+ZERNIKE = [(n, k) for n in range(10) for k in range(n % 2, n + 1, 2)]
+
+
+def sort_last(x):
+    """x sorted along its last axis; numpy's sort is several times faster than torch's on a CPU."""
+    return x.sort(-1).values if x.is_cuda else torch.from_numpy(np.sort(x.numpy(), -1))
+
+
+def select(x, keep):
+    """x[keep] for a boolean keep; here too numpy is faster on a CPU."""
+    return x[keep] if x.is_cuda else torch.from_numpy(x.numpy()[keep.numpy()])
+
+
+def quantile(ranked, count, share):
+    """CellProfiler's quantile: between the sorted values at position count * share and the next. (N, C, K), (N,) -> (N, C)."""
+    last = (count - 1).clamp(min=0)
+    low = torch.minimum((count * share).floor(), last)
+    part = (count * share - low)[:, None]
+    at = lambda index: ranked.gather(2, index.long()[:, None, None].expand(-1, ranked.shape[1], 1))[..., 0].double()
+    return at(low) * (1 - part) + at(torch.minimum(low + 1, last)) * part
+
+
+def outline(m):
+    """Pixels of m with one of their 4 neighbours outside."""
+    inside = m.clone()
+    inside[:, 1:-1, 1:-1] &= m[:, :-2, 1:-1] & m[:, 2:, 1:-1] & m[:, 1:-1, :-2] & m[:, 1:-1, 2:]
+    return m & ~inside
+
+
+def squared_distance(m):
+    """Squared Euclidean distance (pixels) of every pixel of m to the nearest pixel outside: (N, H, W) int16, exact."""
+    up = m.permute(1, 2, 0).short().contiguous()                                # (H, W, N): objects last, rows in one piece
+    down = up.clone()
+    for row in range(1, len(up)):                                               # along the columns, from either side
+        up[row] *= up[row - 1] + 1
+        down[-1 - row] *= down[-row] + 1
+    column = torch.minimum(up, down) ** 2
+    best = column.clone()
+    for k in range(1, best.shape[1]):                                           # then the nearest of the columns k away
+        if k * k >= best.max():
+            break
+        further = column + k * k
+        torch.minimum(best[:, k:], further[:, :-k], out=best[:, k:])
+        torch.minimum(best[:, :-k], further[:, k:], out=best[:, :-k])
+    return best.permute(2, 0, 1).contiguous()
+
+
+def sweep(length, step):
+    """Carry path lengths down, up, right and left, in place; length and step (H, W, N), step 1 inside and inf outside."""
+    lib = torch if length.is_cuda else np                                       # numpy: less overhead a call
+    for t, s in ((length, step), (length.transpose(0, 1), step.transpose(0, 1))):
+        t, s = (t, s) if length.is_cuda else (t.numpy(), s.numpy())
+        new, size = lib.empty_like(t[0, 1:-1]), len(t)
+        for row, before in [(i, i - 1) for i in range(1, size)] + [(i, i + 1) for i in range(size - 2, -1, -1)]:
+            lib.minimum(t[before, :-2], t[before, 2:], out=new)                 # either diagonal
+            lib.add(new, math.sqrt(2) - 1, out=new)
+            lib.minimum(new, t[before, 1:-1], out=new)
+            lib.add(new, s[row, 1:-1], out=new)
+            lib.minimum(new, t[row, 1:-1], out=t[row, 1:-1])
+
+
+def path_length(m, row, column):
+    """Shortest way inside m from pixel (row, column) of each object, by steps of 1 and sqrt(2): (N, H, W), inf = no way."""
+    n, h, w = m.shape
+    y, x = torch.arange(h, device=m.device)[:, None, None], torch.arange(w, device=m.device)[:, None]
+    dy, dx = (y - row).abs().float(), (x - column).abs().float()
+    free = torch.maximum(dy, dx) + (math.sqrt(2) - 1) * torch.minimum(dy, dx)   # (H, W, N), without obstacles
+    length = torch.full_like(free, math.inf).masked_fill_(free == 0, 0)
+    step = torch.where(m.permute(1, 2, 0), 1.0, math.inf).contiguous()
+    sweep(length, step)
+    todo = ((length > free + 1e-3) & (step == 1)).flatten(0, 1).any(0).nonzero()[:, 0]      # a detour may still shorten
+    while len(todo):
+        part = length[..., todo]
+        before = part.clone()
+        sweep(part, step[..., todo])
+        length[..., todo] = part
+        todo = todo[(part < before).flatten(0, 1).any(0)]
+    return length.permute(2, 0, 1).contiguous()
+
+
+def moments(weight, y, x, order):
+    """sum of weight * y**p * x**q: weight (N, H, W), y (N, H), x (N, W) -> (N, order + 1, order + 1) [p, q]."""
+    power = lambda t: torch.stack([t ** k for k in range(order + 1)], 1)        # (N, order + 1, H or W)
+    return power(y) @ weight @ power(x).transpose(1, 2)
+
+
+def enclosing_circle(m):
+    """Smallest circle round the pixel centres of each object (Chrystal 1885): centre (N, 1) complex x + iy, radius (N, 1)."""
+    n, h, w = m.shape
+    left, right = m.int().argmax(2), w - 1 - m.flip(2).int().argmax(2)          # the first and last pixel of every row
+    point = torch.complex(torch.cat([left, right], 1).double(), torch.arange(h, device=m.device).repeat(n, 2).double())
+    absent = ~m.any(2).repeat(1, 2)                                             # (N, 2H)
+    dot = lambda u, v: u.real * v.real + u.imag * v.imag
+    a = point.gather(1, (~absent).int().argmax(1, keepdim=True))                # a, b: one side of the convex hull
+    b = point.gather(1, (point - a).angle().masked_fill(absent | (point == a), math.inf).argmin(1, keepdim=True))
+    b = torch.where(b.imag < a.imag, a, b)                                      # a lone pixel has no second point
+    while True:
+        to_a, to_b = a - point, b - point
+        cosine = dot(to_a, to_b) / (dot(to_a, to_a) * dot(to_b, to_b)).sqrt()
+        cosine, index = cosine.nan_to_num(-1).masked_fill(absent, -1).max(1, keepdim=True)
+        c = point.gather(1, index)                                              # sees the side under the smallest angle
+        outside = cosine > 0                                                    # under 90 degrees: outside the circle on ab
+        blunt_a, blunt_b = outside & (dot(b - a, c - a) < 0), outside & (dot(a - b, c - b) < 0)
+        if not (blunt_a | blunt_b).any():
+            break
+        a, b = torch.where(blunt_a, c, a), torch.where(blunt_b, c, b)           # the side opposite the blunt angle
+    u, v = b - a, c - a                                                         # circle through a, b, c, or on the side ab
+    offset = torch.where(outside, -0.5j * (dot(u, u) * v - dot(v, v) * u) / (u.conj() * v).imag, u / 2)
+    return a + offset, offset.abs()
+
+
+def zernike_coefficients():
+    """Each Zernike polynomial of ZERNIKE as coefficients of y**p * x**q: (30, 10, 10) complex."""
+    c = np.zeros((len(ZERNIKE), 10, 10), complex)
+    for row, (n, k) in enumerate(ZERNIKE):
+        for i in range((n - k) // 2 + 1):       # sum over i of a * (x^2 + y^2)**s * (y + ix)**k
+            s = (n - k) // 2 - i
+            a = (-1) ** i * math.factorial(n - i) / (math.factorial(i) * math.factorial(s + k) * math.factorial(s))
+            for p in range(s + 1):
+                for q in range(k + 1):
+                    c[row, 2 * (s - p) + k - q, 2 * p + q] += a * math.comb(s, p) * math.comb(k, q) * 1j ** q
+    return c
+
+
+def zernike(m):
+    """Magnitude of the 30 Zernike moments of each shape in its smallest enclosing circle: (N, 30).
+
+    All pixels count. CellProfiler loses 1-3 on the circle itself to rounding: equal to 0.011.
+    """
+    centre, radius = enclosing_circle(m)
+    y, x = (torch.arange(size, device=m.device) for size in m.shape[1:])
+    moment = moments(m.double(), (y - centre.imag) / radius, (x - centre.real) / radius, 9).to(torch.complex128)
+    polynomial = torch.from_numpy(zernike_coefficients()).to(m.device).flatten(1)
+    return (moment.flatten(1) @ polynomial.T).abs() / (math.pi * radius ** 2)
+
+
+def area_shape(m, edge, distance2):
+    """Size, ellipse, radii, moments and Zernike moments of each object."""
+    n, h, w = m.shape
+    solid = m.double()
+    in_row, in_column = solid.amax(2), solid.amax(1)
+    top, bottom = in_row.argmax(1), h - in_row.flip(1).argmax(1)                # the maximum is exclusive
+    left, right = in_column.argmax(1), w - in_column.flip(1).argmax(1)
+    y = torch.arange(h, device=m.device) - top[:, None].double()                # coordinates from the corner of the box
+    x = torch.arange(w, device=m.device) - left[:, None].double()
+    raw = moments(solid, y, x, 3)
+    area, cy, cx = raw[:, 0, 0], raw[:, 1, 0] / raw[:, 0, 0], raw[:, 0, 1] / raw[:, 0, 0]
+    central = moments(solid, y - cy[:, None], x - cx[:, None], 3)
+    order = torch.arange(4, device=m.device)
+    normal = central / area[:, None, None] ** ((order[:, None] + order) / 2 + 1)
+    normal[:, [0, 0, 1], [0, 1, 0]] = math.nan                                  # as scikit-image leaves them
+
+    # ellipse with the same second moments
+    yy, xx, xy = central[:, 2, 0] / area, central[:, 0, 2] / area, central[:, 1, 1] / area
+    spread = torch.hypot((yy - xx) / 2, xy)
+    major, minor = (yy + xx) / 2 + spread, ((yy + xx) / 2 - spread).clamp(min=0)
+    angle = torch.where(yy == xx, torch.where(xy > 0, 45.0, -45.0), torch.rad2deg(torch.atan2(2 * xy, yy - xx) / 2))
+
+    # perimeter: every outline pixel weighs by its neighbours on the outline, 2 for a side and 10 for a corner (Benkrid, Crookes)
+    e = F.pad(edge.byte(), (1, 1, 1, 1))
+    beside, above = e[:, 1:-1, :-2] + e[:, 1:-1, 2:], e[:, :-2] + e[:, 2:]
+    code = e[:, 1:-1, 1:-1] + 2 * (beside + above[:, :, 1:-1]) + 10 * (above[:, :, :-2] + above[:, :, 2:])
+    weight = torch.zeros(50, dtype=torch.float64, device=m.device)
+    weight[[5, 7, 15, 17, 25, 27]], weight[[21, 33]], weight[[13, 23]] = 1, math.sqrt(2), (1 + math.sqrt(2)) / 2
+    perimeter = weight[code.int()].sum((1, 2))
+    roundness = 4 * math.pi * area / perimeter ** 2
+
+    # Euler number = corners - sides + pixels of the closed pixel squares: objects - holes, 8-connected
+    down, side = m[:, 1:] | m[:, :-1], m[:, :, 1:] | m[:, :, :-1]
+    euler = (down[:, :, 1:] | down[:, :, :-1]).sum((1, 2)) - down.sum((1, 2)) - side.sum((1, 2)) + area
+
+    ranked = sort_last(distance2.float().masked_fill(~m, math.inf).flatten(1))
+    middle = ranked.gather(1, torch.stack([(area - 1) // 2, area // 2], 1).long().clamp(min=0)).double().sqrt().mean(1)
+
+    n20, n02, n11, n30, n03, n21, n12 = (normal[:, p, q] for p, q in ((2, 0), (0, 2), (1, 1), (3, 0), (0, 3), (2, 1), (1, 2)))
+    a, b, c, d = n30 + n12, n21 + n03, n30 - 3 * n12, 3 * n21 - n03
+    hu = (n20 + n02, (n20 - n02) ** 2 + 4 * n11 ** 2, c ** 2 + d ** 2, a ** 2 + b ** 2,
+          c * a * (a ** 2 - 3 * b ** 2) + d * b * (3 * a ** 2 - b ** 2),
+          (n20 - n02) * (a ** 2 - b ** 2) + 4 * n11 * a * b,
+          d * a * (a ** 2 - 3 * b ** 2) - c * b * (3 * a ** 2 - b ** 2))
+
+    box = (bottom - top) * (right - left)
+    value = {"Area": area, "BoundingBoxArea": box, "BoundingBoxMaximum_X": right - MARGIN, "BoundingBoxMaximum_Y": bottom - MARGIN,
+             "BoundingBoxMinimum_X": left - MARGIN, "BoundingBoxMinimum_Y": top - MARGIN, "Center_X": left + cx - MARGIN,
+             "Center_Y": top + cy - MARGIN, "Compactness": 1 / roundness, "Eccentricity": (1 - minor / major).sqrt(),
+             "EquivalentDiameter": (4 * area / math.pi).sqrt(), "EulerNumber": euler, "Extent": area / box, "FormFactor": roundness,
+             "InertiaTensor_0_0": xx, "InertiaTensor_0_1": -xy, "InertiaTensor_1_0": -xy, "InertiaTensor_1_1": yy,
+             "InertiaTensorEigenvalues_0": major, "InertiaTensorEigenvalues_1": minor, "MajorAxisLength": 4 * major.sqrt(),
+             "MinorAxisLength": 4 * minor.sqrt(), "MaximumRadius": distance2.amax((1, 2)).double().sqrt(),
+             "MeanRadius": distance2.double().sqrt().sum((1, 2)) / area, "MedianRadius": middle, "Orientation": angle,
+             "Perimeter": perimeter, **{f"HuMoment_{i}": hu[i] for i in range(7)}}
+    value.update({f"SpatialMoment_{p}_{q}": raw[:, p, q] for p in range(3) for q in range(4)})
+    value.update({f"CentralMoment_{p}_{q}": central[:, p, q] for p in range(3) for q in range(4)})
+    value.update({f"NormalizedMoment_{p}_{q}": normal[:, p, q] for p in range(4) for q in range(4)})
+    names = [f"AreaShape_{name}" for name in value] + [f"AreaShape_Zernike_{n}_{k}" for n, k in ZERNIKE]
+    return names, torch.cat([torch.stack([v.double() for v in value.values()], 1), zernike(m)], 1)
+
+
+def intensity(x, m, edge, channels):
+    """Intensity of each object and of its outline, in every channel."""
+    n, _, h, w = x.shape
+    y, xs = torch.arange(h, device=m.device).repeat_interleave(w), torch.arange(w, device=m.device).repeat(h)
+    flat, edge = m.flatten(1).double(), edge.flatten(1)
+    weight = torch.stack([flat, edge, flat * y, flat * xs], 1).double()         # (N, 4, P)
+    area, rim, my, mx = weight.sum(2)[..., None].unbind(1)                      # each (N, 1)
+    x = x.flatten(2)                                                            # (N, C, P) float32
+    total, total_rim, light_y, light_x = (weight @ x.double().transpose(1, 2)).unbind(1)    # each (N, C)
+    mean = total / area
+    off = x.double() - mean[..., None]
+    _, off_rim, _, _ = (weight @ off.transpose(1, 2)).unbind(1)
+    square, square_rim, _, _ = (weight @ (off ** 2).transpose(1, 2)).unbind(1)
+    ranked = sort_last(x.masked_fill(~m.flatten(1)[:, None], math.inf))
+    median = quantile(ranked, area[:, 0], 0.5)
+    value = {"IntegratedIntensity": total, "MeanIntensity": mean, "StdIntensity": (square / area).sqrt(),
+             "MinIntensity": ranked[:, :, 0], "MaxIntensity": quantile(ranked, area[:, 0], 1),
+             "IntegratedIntensityEdge": total_rim, "MeanIntensityEdge": total_rim / rim,
+             "StdIntensityEdge": (square_rim / rim - (off_rim / rim) ** 2).clamp(min=0).sqrt(),
+             "MinIntensityEdge": x.masked_fill(~edge[:, None], math.inf).amin(2),
+             "MaxIntensityEdge": x.masked_fill(~edge[:, None], -math.inf).amax(2),
+             "MassDisplacement": torch.hypot(light_y / total - my / area, light_x / total - mx / area),
+             "LowerQuartileIntensity": quantile(ranked, area[:, 0], 0.25), "MedianIntensity": median,
+             "UpperQuartileIntensity": quantile(ranked, area[:, 0], 0.75),
+             "MADIntensity": quantile(sort_last((ranked - median[..., None].float()).abs()), area[:, 0], 0.5)}
+    names = [f"Intensity_{name}_{channel}" for name in value for channel in channels]
+    return names, torch.cat([v.double() for v in value.values()], 1)
+
+
+def texture(x, m, channels, scale):
+    """Haralick's 13 features of grey levels co-occurring `scale` pixels apart, in 4 directions and every channel.
+
+    256 grey levels; level 0 counts as outside. 0 where a direction has no pair at all, as in CellProfiler.
+    """
+    n, h, w = m.shape
+    k = torch.arange(511, dtype=torch.float64, device=m.device)
+    entropy = lambda p: -(p * p.clamp(min=1e-300).log2()).sum(1)                # of each row, in bits
+    names, values = [], []
+    for channel, pixels in zip(channels, x.unbind(1)):
+        level = (pixels * 255).round().clamp(0, 255).int() * m
+        key = []                                                                # row << 16 | lower level << 8 | higher level
+        for direction, (dy, dx) in enumerate(((0, scale), (scale, scale), (scale, 0), (scale, -scale))):
+            a = level[:, :h - dy, max(0, -dx):w - max(0, dx)]
+            b = level[:, dy:, max(0, dx):w - max(0, -dx)]
+            row = (torch.arange(n, dtype=torch.int32, device=m.device) * 4 + direction)[:, None, None]
+            low = torch.minimum(a, b)
+            key.append(select(row << 16 | low << 8 | torch.maximum(a, b), low > 0))
+        key, count = sort_last(torch.cat(key)).unique_consecutive(return_counts=True)
+        row, low, high, count = key >> 16, key >> 8 & 255, key & 255, count.double()
+        tally = lambda bins, index, weight: torch.bincount(index, weight, 4 * n * bins).double().view(4 * n, bins)
+        total = tally(1, row, count)                                            # pairs of each object and direction
+        single_p = (tally(256, key >> 8, count) + tally(256, row << 8 | high, count)) / (2 * total)
+        sum_p = tally(512, (row << 9) + low + high, count)[:, :511] / total
+        difference_p = tally(256, (row << 8) + high - low, count) / total
+        ordered = torch.where(low == high, count, count / 2)                    # of (low, high), and as many of (high, low)
+        joint = total.log2()[:, 0] - tally(1, row, count * ordered.log2())[:, 0] / total[:, 0]
+        single = entropy(single_p)
+        mean = single_p @ k[:256]
+        variance = single_p @ k[:256] ** 2 - mean ** 2
+        contrast, sum_square = difference_p @ k[:256] ** 2, sum_p @ k ** 2
+        levels = level.flatten(1).amax(1).repeat_interleave(4) + 1
+        feature = torch.stack([
+            (tally(1, row, count * ordered) / total ** 2)[:, 0], contrast,
+            torch.where(variance == 0, 1, ((sum_square - contrast) / 4 - mean ** 2) / variance), variance,
+            difference_p @ (1 / (1 + k[:256] ** 2)), 2 * mean, sum_square - 4 * mean ** 2, entropy(sum_p), joint,
+            (difference_p ** 2).sum(1) / levels - 1 / levels ** 2, entropy(difference_p),
+            (joint - 2 * single) / torch.where(single == 0, 1, single),
+            (1 - torch.exp(-2 * (2 * single - joint))).clamp(min=0).sqrt()], 1).view(n, 4, 13)
+        lacking = (total.view(n, 4) == 0).any(1)[:, None]
+        values.append(feature.transpose(1, 2).flatten(1).masked_fill(lacking, 0))
+        names += [f"Texture_{name}_{channel}_{scale}_{direction:02d}_256" for name in HARALICK for direction in range(4)]
+    return names, torch.cat(values, 1)
+
+
+def ring_and_wedge(m, distance2):
+    """Ring * 8 + wedge of every pixel seen from the innermost one, in RINGS rings from there to the edge: (N, H, W), -1 outside.
+
+    The innermost pixel is the first one farthest from the edge. Where several tie, CellProfiler's choice is arbitrary.
+    """
+    n, h, w = m.shape
+    centre = distance2.flatten(1).argmax(1)
+    row, column = centre // w, centre % w
+    path = path_length(m, row, column)
+    inside = m & path.isfinite()                                                # an island cannot be reached
+    item, y, x = inside.nonzero(as_tuple=True)
+    dy, dx, path = y - row[item], x - column[item], select(path, inside).double()
+    ring = (path / (path + select(distance2, inside).double().sqrt() + 0.001) * RINGS).int()
+    wedge = (dy > 0).int() + 2 * (dx > 0) + 4 * (dy.abs() > dx.abs())
+    sector = torch.full(m.shape, -1, dtype=torch.int32, device=m.device)
+    sector[inside] = (ring * 8 + wedge).int()
+    return sector
+
+
+def radial_distribution(x, sector, channels):
+    """Share, relative share and unevenness of intensity in the rings of each object, in every channel."""
+    n = len(sector)
+    inside = sector >= 0
+    item = torch.arange(n, dtype=torch.int32, device=x.device)[:, None, None] * (RINGS * 8)
+    cell = select(sector + item, inside)
+    tally = lambda weight: torch.bincount(cell, weight, n * RINGS * 8).double().view(n, RINGS, 8)
+    pixels = tally(torch.ones(len(cell), dtype=torch.float64, device=x.device))
+    share_of_pixels = pixels.sum(2) / pixels.sum((1, 2))[:, None]
+    used, names, values = pixels > 0, [], []
+    for channel, image in zip(channels, x.unbind(1)):
+        light = tally(select(image, inside).double())
+        share = light.sum(2) / light.sum((1, 2))[:, None]
+        mean = (light / pixels).nan_to_num(0)                                   # of each wedge
+        average = mean.sum(2) / used.sum(2)
+        spread = (((mean - average[..., None]) ** 2 * used).sum(2) / used.sum(2)).sqrt()
+        values += [share, share / (share_of_pixels + np.finfo(float).eps), (spread / average).nan_to_num(0)]
+        names += [f"RadialDistribution_{name}_{channel}_{i + 1}of{RINGS}" for name in ("FracAtD", "MeanFrac", "RadialCV")
+                  for i in range(RINGS)]
+    return names, torch.cat(values, 1)
+
+
+def correlation(x, m, channels, threshold=0.15):
+    """Correlation, overlap, K and Manders coefficients of every two channels, the last three above `threshold` of the maximum."""
+    x, m = x.flatten(2), m.flatten(1)[:, None]                                  # (N, C, P)
+    above = (x >= threshold * (x * m).amax(2, keepdim=True)) & m                # in float32, as CellProfiler does
+    x, above = x.double(), above.double()
+    off = (x - (x * m).sum(2, keepdim=True) / m.sum(2, keepdim=True)) * m
+    covariance, bright = off @ off.transpose(1, 2), x * above
+    product, square = bright @ bright.transpose(1, 2), bright ** 2 @ above.transpose(1, 2)  # (N, C, C)
+    manders = bright @ above.transpose(1, 2) / bright.sum(2, keepdim=True)
+    value = {}
+    for i, a in enumerate(channels):
+        for j, b in enumerate(channels):
+            if i < j:
+                value[f"Correlation_{a}_{b}"] = covariance[:, i, j] / (covariance[:, i, i] * covariance[:, j, j]).sqrt()
+                value[f"Overlap_{a}_{b}"] = product[:, i, j] / (square[:, i, j] * square[:, j, i]).sqrt()
+            if i != j:
+                value[f"K_{a}_{b}"] = product[:, i, j] / square[:, i, j]
+                value[f"Manders_{a}_{b}"] = manders[:, i, j]
+    return [f"Correlation_{name}" for name in value], torch.stack(list(value.values()), 1)
+
+
+def measure(images, masks, channels=("DAPI", "Tubulin", "Actin"), scale=3, chunk=64, device="cpu"):
+    """Measure nucleus, cell and cytoplasm (cell without nucleus) of each patch under CellProfiler 4.2.8's names.
+
+    images (N, C, H, W), uint16 (divided by 65535, as CellProfiler reads a 16-bit TIFF) or float in 0..1; masks (N, H, W)
+    uint8, bit 1 nucleus, bit 2 cell, as from `segment`. The first channel is measured in nuclei only. `scale` in pixels is
+    that of Texture; a patch is at most 180 wide. Returns names, a list of F, and values (N, F) float64; a missing object
+    is NaN, a black channel gives 0 or NaN. `chunk` patches are measured at a time and share nothing.
+    """
+    images, masks = np.asarray(images), np.asarray(masks)
+    assert images.shape[0] == masks.shape[0] and images.shape[2:] == masks.shape[1:], (images.shape, masks.shape)
+    assert images.shape[1] == len(channels) and max(masks.shape[1:]) <= 180 and chunk < 2 ** 13, (images.shape, channels, chunk)
+    channels, whole = list(channels), 65535 if images.dtype.kind in "ui" else 1
+    values = []
+    for start in range(0, len(images), chunk):
+        x = torch.from_numpy(images[start:start + chunk].astype(np.float32) / np.float32(whole)).to(device)
+        mask = torch.from_numpy(masks[start:start + chunk].astype(np.uint8)).to(device)
+        x, mask = F.pad(x, (MARGIN,) * 4), F.pad(mask, (MARGIN,) * 4)
+        nucleus, cell = mask & NUCLEUS > 0, mask & CELL > 0
+        objects = torch.cat([nucleus, cell, cell & ~nucleus])                   # (3n, H, W)
+        edge, distance2 = outline(objects), squared_distance(objects)
+        rings = ring_and_wedge(objects, distance2)
+        shape_names, shape = area_shape(objects, edge, distance2)
+        names, parts = [], []
+        for i, compartment in enumerate(("Nuclei", "Cells", "Cytoplasm")):
+            part = slice(i * len(x), (i + 1) * len(x))
+            m, stains = objects[part], slice(0 if compartment == "Nuclei" else 1, None)
+            families = [(shape_names, shape[part]), intensity(x[:, stains], m, edge[part], channels[stains]),
+                        texture(x[:, stains], m, channels[stains], scale),
+                        radial_distribution(x[:, stains], rings[part], channels[stains])]
+            if compartment == "Cells":
+                families.append(correlation(x, m, channels))
+            present = m.flatten(1).any(1)[:, None]
+            for family, value in families:
+                names += [f"{compartment}_{name}" for name in family]
+                parts.append(torch.where(present, value, math.nan))
+        values.append(torch.cat(parts, 1).cpu().numpy())
+    return names, np.concatenate(values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def select(cells, taxol, exclude, limit, seed):
+def choose_cells(cells, taxol, exclude, limit, seed):
     """Which cells stay (N,) bool, and report lines: the taxol controls, a table of exclusions, a random part."""
     stay, report = np.ones(len(cells), bool), []
     if taxol == "drop":
@@ -919,18 +1452,8 @@ def parse(argv):
     return args
 
 
-def keep_freed_memory():
-    """Tells glibc to keep freed memory for the next field: giving it back and faulting it in again halved the rate."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1), mallopt(-4, 0)  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no separate mappings
-    except (AttributeError, OSError):
-        pass  # another C library: nothing to set
-
-
 def main(argv=None):
     args = parse(argv)
-    keep_freed_memory()
     if args.check:
         equal = data.check_folder(args.check)
         for name, same in equal.items():
@@ -972,7 +1495,7 @@ def main(argv=None):
             raise InputError(f"--channels {args.channels}: expected three names, separated by commas")
         cells, names, dropped, pieces, report, files = fields_table(args.images, args.cellprofiler, args.image_csv, channels, args.columns,
                                                                     moa, args.skip_bad)
-    stay, more = select(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
+    stay, more = choose_cells(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
     cells, pieces = data.keep_cells(cells, pieces, stay)
 
     units, runs = [], [*first_rows(cells["field"]).tolist(), len(cells)]
@@ -986,8 +1509,9 @@ def main(argv=None):
             units.append((a, (table[whole], x, y, [args.seed, 5, whole.start], row[a:b] - whole.start)))
         read_unit = simulated_unit
     elif args.crops:
-        paths = [Path(args.crops, field, cell.removesuffix(".npy") + ".npy") for field, cell in zip(cells["field"], cells["cell"])]
-        units = [(a, (paths[a:a + 256], [stored.index(c) for c in channels])) for a in range(0, len(cells), 256)]
+        paths = [f"{args.crops}/{field}/{cell.removesuffix('.npy')}.npy" for field, cell in zip(cells["field"], cells["cell"])]
+        order = [stored.index(c) for c in channels]
+        units = [(a, (paths[a:a + CROPS_AT_ONCE], order)) for a in range(0, len(cells), CROPS_AT_ONCE)]
         read_unit = crops_unit
     else:
         units = [(a, (files[cells["field"][a]], cells["x"].to_numpy()[a:b], cells["y"].to_numpy()[a:b])) for a, b in zip(runs, runs[1:])]
