@@ -296,6 +296,8 @@ def plate_moments(raw):
 def generate(G, table, as_uint8=True, batch=256):
     """One picture for each row of a table of CellProfiler measurements: (N, C, 68, 68) on the CPU, uint8, or float32 in 0..1.
 
+    An export of CellProfiler (CSV folder, SQLite, one CSV) becomes such a table by data.read_table.
+
     Extra columns are ignored, with a warning that lists them; see standardise_table for what raises InputError. A cell's picture
     does not depend on which other cells are in the table (but for plate-dmso, where the plate's DMSO rows set the scale).
     """

@@ -2,24 +2,27 @@
 
     python prepare_bbbc021.py --simulate --out out/                                       # simulated cells, no download
     python prepare_bbbc021.py --crops DIR --features features.csv.gz --out real/          # BBBC021 crops as they circulate
+    python prepare_bbbc021.py --images DIR --cellprofiler EXPORT --image-csv BBBC021_v1_image.csv --moa BBBC021_v1_moa.csv --out real/
+    python prepare_bbbc021.py --simulate --write-release DIR                              # fields and tables to try the line above on
     python prepare_bbbc021.py --check out/                                                # compare every checksum
 
 Work goes to OUT.partial and is renamed to OUT when it is whole; an interrupted preparation goes on where it was. Memory stays bounded
 whatever the number of cells.
 """
 import argparse
+import ctypes
+import filecmp
 import hashlib
-import io
 import json
 import math
 import mmap
 import os
 import re
-import shutil
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,40 +30,16 @@ import pandas as pd
 import scipy.ndimage as ndi
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
-from data import CELL_COLUMNS, CHANNELS, FULL_SCALE, SIZE, InputError
+from data import CELL_COLUMNS, CHANNELS, CHUNK, FULL_SCALE, SIZE, InputError, read_csv, sort_columns
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}  # of cells (paper, section 4.1)
 MAX_MISSING = 0.05  # share of cells without a value, above which a feature is dropped
 CLIP = 10.0  # standard deviations (model.CLIP): here only counted
+SAVE_EVERY = 2.0  # seconds: what an interrupted preparation reads again at most
 WHITE = 0.999  # quantile of the training pixels that image value 1 stands for with --image-norm percentile
-CHUNK = 1024  # cells handled at once: bounds the memory
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which columns are features
-
-FEATURE = re.compile(r"(?!Image_|Metadata_|Experiment_|Single_|Multi_)[A-Z][A-Za-z0-9]*_[A-Z][A-Za-z]*_\w+")  # <Object>_<Family>_...
-BOOKKEEPING = re.compile(r"_Location_|_Parent_|_Children_|_Number_|ObjectNumber|AreaShape_Center|BoundingBox[MX]")
-ZERO = re.compile(r"_AreaShape_CentralMoment_(0_1|1_0)$")  # zero by definition; what CellProfiler writes is rounding noise
-
-
-def sort_columns(columns, keep=None):
-    """Column names of a table -> (features, dropped {name: reason}, metadata names); `keep`: only features that match this regex."""
-    features, dropped, metadata = [], {}, []
-    for name in columns:
-        if BOOKKEEPING.search(name):
-            dropped[name] = "a place, number or parent, not a measurement"
-        elif not FEATURE.fullmatch(name):
-            metadata.append(name)
-        elif ZERO.search(name):
-            dropped[name] = "zero by definition"
-        elif keep and not re.search(keep, name):
-            dropped[name] = "not kept by --columns"
-        else:
-            features.append(name)
-    return features, dropped, metadata
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,9 +261,63 @@ def simulate_field(table, x, y, seed):
 
 
 def cut(field, x, y):
-    """Crops (n, C, 68, 68) of a field (C, H, W) around x (columns) and y (rows): the centre's pixel is number 34. All must lie inside."""
-    r0, c0 = np.floor(y).astype(int) - SIZE // 2, np.floor(x).astype(int) - SIZE // 2
-    return np.stack([field[:, r:r + SIZE, c:c + SIZE] for r, c in zip(r0, c0)])
+    """Crops (n, C, 68, 68) uint16 of a field's C channels (H, W) around x (columns) and y (rows): the centre's pixel is number 34.
+
+    All must lie inside.
+    """
+    patches = np.empty((len(x), len(field), SIZE, SIZE), np.uint16)
+    for patch, r, c in zip(patches, np.floor(y).astype(int) - SIZE // 2, np.floor(x).astype(int) - SIZE // 2):
+        for k, channel in enumerate(field):
+            patch[k] = channel[r:r + SIZE, c:c + SIZE]
+    return patches
+
+
+def write_release(folder, cells, table, seed):
+    """The simulated fields as BBBC021 and CellProfiler write them: images/, BBBC021_v1_image.csv and _moa.csv, cellprofiler/*.csv.
+
+    As in real exports the numbers of cells and cytoplasms are not those of their nuclei: Parent_ columns tell. Returns the count of fields.
+    """
+    folder, export = Path(folder), Path(folder) / "cellprofiler"
+    export.mkdir(parents=True)
+    starts = first_rows(cells["field"])
+    fields = cells.iloc[starts].reset_index(drop=True)
+    image = pd.DataFrame({"TableNumber": 0, "ImageNumber": np.arange(len(fields)) + 1})
+    for name, file in zip(CHANNELS, ("w1", "w2", "w4")):
+        image[f"Image_FileName_{name}"] = fields["field"] + f"_{file}.tif"
+        image[f"Image_PathName_{name}"] = fields["plate"].str.split("_").str[0] + "/" + fields["plate"]
+    for name in ("plate", "well"):
+        image[f"Image_Metadata_{name.title()}_DAPI"] = fields[name]
+    image["Replicate"], image["Image_Metadata_Compound"] = fields["replicate"], fields["compound"]
+    image["Image_Metadata_Concentration"] = fields["concentration"].map("{:.6f}".format)
+    image.to_csv(folder / "BBBC021_v1_image.csv", index=False)
+    moa = fields[["compound", "concentration", "moa"]].drop_duplicates()
+    moa.to_csv(folder / "BBBC021_v1_moa.csv", index=False, lineterminator="\r")  # as the real one
+
+    for i, (a, b) in enumerate(zip(starts, np.append(starts[1:], len(cells)))):
+        pixels = simulate_field(table.iloc[a:b], cells["x"].to_numpy()[a:b], cells["y"].to_numpy()[a:b], [seed, 5, int(a)])
+        path = folder / "images" / image["Image_PathName_DAPI"][i]
+        path.mkdir(parents=True, exist_ok=True)
+        for name, channel in zip(CHANNELS, pixels):
+            Image.fromarray(channel).save(path / image[f"Image_FileName_{name}"][i], format="TIFF")
+    own = image.filter(regex="FileName|PathName|ImageNumber")
+    own.rename(columns=lambda c: c.removeprefix("Image_")).to_csv(export / "Image.csv", index=False)
+    per_field = cells.groupby("field", sort=False)
+    nucleus, last = per_field.cumcount() + 1, per_field["cell"].transform("size")
+    numbers = {"Nuclei": nucleus, "Cells": last + 1 - nucleus, "Cytoplasm": nucleus % last + 1}
+    for name, number in numbers.items():
+        own = pd.DataFrame({"ImageNumber": np.repeat(np.arange(len(fields)) + 1, per_field.size()), "ObjectNumber": number})
+        if name == "Nuclei":
+            own["Location_Center_X"], own["Location_Center_Y"] = cells["x"], cells["y"]
+        else:
+            own["Parent_Nuclei"] = nucleus
+        measured = table.filter(regex=f"^{name}_").rename(columns=lambda c: c.removeprefix(name + "_"))
+        pd.concat([own, measured], axis=1).sort_values(["ImageNumber", "ObjectNumber"]).to_csv(export / f"{name}.csv", index=False)
+    return len(fields)
+
+
+def first_rows(field):
+    """Where each run of one field's cells begins: (k,) row numbers."""
+    return np.flatnonzero(field.ne(field.shift()))
 
 
 def simulated_unit(unit):
@@ -296,21 +329,8 @@ def simulated_unit(unit):
 # ---------------------------------------------------------------------------------------------------------------------
 # Crops as they circulate: DIR/<DAPI stem>/<DAPI stem>_<k>.npy and DIR/metadata.csv
 
-METADATA = {"Single_Cell_Image_Id": "cell", "Multi_Cell_Image_Name": "field", "Image_Metadata_Plate_DAPI": "plate", "Image_Metadata_Well_DAPI": "well",
-            "Replicate": "replicate", "Image_Metadata_Compound": "compound", "Image_Metadata_Concentration": "concentration", "moa": "moa"}
 KEY = "Single_Cell_Image_Id"
 CROPS_AT_ONCE = 256  # files in a unit of work
-
-
-def read_csv(source, **options):
-    """pandas.read_csv for files of unknown origin: any line ends, no text turned into NaN unless asked, errors in one line."""
-    try:
-        if str(source).endswith(".gz"):
-            return pd.read_csv(source, keep_default_na=False, **options)
-        text = Path(source).read_bytes().decode("utf-8-sig")
-        return pd.read_csv(io.StringIO(text.replace("\r\n", "\n").replace("\r", "\n")), keep_default_na=False, **options)
-    except (OSError, ValueError) as error:  # pandas' parser and empty-data errors are ValueErrors
-        raise InputError(f"{source}: not readable as CSV ({str(error).strip().splitlines()[0]})") from None
 
 
 def read_moa(path):
@@ -319,7 +339,10 @@ def read_moa(path):
     for name in ("compound", "concentration", "moa"):
         if name not in table:
             raise InputError(f"{path}: no column {name!r}, found {list(table.columns)}")
-    return {(c, concentration(v, f"{path}, row {i + 2}")): m for i, (c, v, m) in enumerate(zip(table["compound"], table["concentration"], table["moa"]))}
+    pairs = [(c, concentration(v, f"{path}, row {i + 2}")) for i, (c, v) in enumerate(zip(table["compound"], table["concentration"]))]
+    if len(set(pairs)) < len(pairs):
+        raise InputError(f"{path}: treatment {next(p for p in pairs if pairs.count(p) > 1)} stands in two rows, expected one")
+    return dict(zip(pairs, table["moa"]))
 
 
 def concentration(text, where):
@@ -355,20 +378,20 @@ def complete_cells(cells, moa=None):
 
 
 def crops_table(folder, features, keep=None, moa=None):
-    """Joins the crops' metadata with the table of measurements, reading only the keys: (cells, feature names, dropped, row of each cell, report).
+    """Joins the crops' metadata with the table of measurements, reading only the keys: (cells, feature names, dropped, pieces, report).
 
-    `row of each cell` is its place in the table of measurements, whose values are then read in chunks.
+    `pieces` (see data.fill_features): where the rows of the table of measurements belong; their values are read later, in chunks.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of crops")
-    columns = list(read_csv(features, nrows=0).columns) if str(features).endswith(".gz") else list(pd.read_csv(features, nrows=0).columns)
+    columns = list(read_csv(features, nrows=0).columns)
     if KEY not in columns:
         raise InputError(f"{features}: no key column {KEY!r} (the crop's file name), found {columns[:3]}, ...")
     names, dropped, other = sort_columns(columns, keep)
     if not names:
         raise InputError(f"{features}: no feature column; expected names like Nuclei_AreaShape_Area" + (f" that match --columns {keep}" if keep else ""))
-    keys = pd.read_csv(features, usecols=[KEY], dtype=str, keep_default_na=False)[KEY]
+    keys = read_csv(features, usecols=[KEY], dtype=str)[KEY]
     if keys.duplicated().any():
         raise InputError(f"{features}: key {keys[keys.duplicated()].iloc[0]!r} stands in more than one row; each cell needs one row")
     report = [f"{features}: {len(keys)} rows; {len(names)} features, {len(dropped)} columns set aside; metadata columns: {', '.join(other)}"]
@@ -380,11 +403,11 @@ def crops_table(folder, features, keep=None, moa=None):
             raise InputError(f"{metadata}: no column {KEY!r}, found {list(table.columns)}")
         source = metadata
     else:
-        table, source = pd.read_csv(features, usecols=[c for c in METADATA if c in columns], dtype=str, keep_default_na=False), features
+        table, source = read_csv(features, usecols=other, dtype=str), features
         report.append(f"{folder}: no metadata.csv; plate, well and treatment are taken from {features} where it has them")
     if table[KEY].duplicated().any():
         raise InputError(f"{source}: {KEY} {table[KEY][table[KEY].duplicated()].iloc[0]!r} stands in more than one row")
-    cells = table.rename(columns=METADATA)[[METADATA[c] for c in METADATA if c in table]]
+    cells = data.annotate(table)
     place = pd.Series(np.arange(len(keys)), index=keys)
     row = cells["cell"].map(place)
     for count, first, text in [(row.isna().sum(), cells["cell"][row.isna()], f"cells of {source} have no row in {features}"),
@@ -398,7 +421,10 @@ def crops_table(folder, features, keep=None, moa=None):
     if "field" not in cells:
         cells["field"] = cells["cell"].str.replace(r"_\d+(\.npy)?$", "", regex=True)
     cells, more = complete_cells(cells, moa)
-    return cells, names, dropped, row, report + more
+    place = np.full(len(keys), -1)
+    place[row] = np.arange(len(row))
+    source = {"path": features, "table": None, "names": columns, "skip": 1}
+    return cells, names, dropped, [(source, names, place)], report + more
 
 
 def crops_unit(unit):
@@ -418,23 +444,113 @@ def crops_unit(unit):
     return patches, bad
 
 
-def fill_from_csv(target, table, names, row):
-    """Reads the columns `names` of a CSV in chunks and puts its rows where they belong: target[i] = table row row[i]."""
-    where = np.full(row.max() + 1, -1)
-    where[row] = np.arange(len(row))
-    done = 0
-    for chunk in pd.read_csv(table, usecols=names, chunksize=CHUNK, low_memory=False):
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole fields: TIFF files, cells where CellProfiler found them
+
+
+def index_files(folder):
+    """{file name: path} of every TIFF below a folder; one name with two different contents is refused."""
+    found = {}
+    for path in sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".tif", ".tiff") and not p.name.startswith(".")):
+        first = found.setdefault(path.name, path)
+        if first is not path and not filecmp.cmp(first, path, shallow=False):
+            raise InputError(f"{first} and {path} have one name and different pixels; images are found by name: give a folder with one of them")
+    if not found:
+        raise InputError(f"{folder}: no .tif or .tiff in it or below; give --images the folder of the fields")
+    return found
+
+
+def read_tiff(path, header_only=False):
+    """One grey field -> (H, W) uint16 or uint8, uncompressed, LZW, deflate or PackBits; InputError for anything else.
+
+    `header_only`: just its (H, W). Pillow reads it, but for uncompressed strips that lie end to end (BBBC021 has 342 of 3 rows), where
+    one np.fromfile is ten times as fast.
+    """
+    try:
+        with Image.open(path) as image:
+            black = image.tag_v2.get(262, 1) if image.format == "TIFF" else None
+            if image.mode not in ("L", "I;16", "I;16B") or black != 1 or image.n_frames > 1:
+                raise InputError(f"{path}: {image.format} of mode {image.mode}, expected a TIFF of one page, one grey channel, 8 or 16 bits, black 0")
+            if header_only:
+                return image.height, image.width
+            tag = image.tag_v2
+            dtype = np.dtype("u1" if image.mode == "L" else "<u2" if tag.prefix == b"II" else ">u2")
+            start, length = np.array(tag.get(273, ())), np.array(tag.get(279, ()))
+            plain = tag.get(259, 1) == tag.get(266, 1) == 1 and tag.get(258) == (8 * dtype.itemsize,)  # compression, order and number of bits
+            if plain and (start[1:] == (start + length)[:-1]).all() and length.sum() == image.width * image.height * dtype.itemsize:
+                pixels = np.fromfile(path, dtype, image.width * image.height, offset=int(start[0])).reshape(image.height, image.width)
+            else:
+                pixels = np.asarray(image)
+            return pixels.astype(dtype.newbyteorder("="), copy=False)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: damaged, cut short or no TIFF ({error}); copy it again") from None
+
+
+def fields_table(folder, export, image_csv, channels, keep=None, moa=None, skip_bad=False):
+    """The cells of CellProfiler's export whose crops lie inside their fields: (cells, feature names, dropped, pieces, report, files).
+
+    `files` {field: its files in the order of `channels`}; what a field is (plate, compound, ...) tells `image_csv`, or else the export.
+    """
+    cells, images, names, dropped, pieces, report = data.read_export(export, channels[0], keep, skip_bad)
+    for c in channels:
+        if f"FileName_{c}" not in images or (images[f"FileName_{c}"] == "").any():
+            has = [n.removeprefix("FileName_") for n in images if n.startswith("FileName_")]
+            raise InputError(f"{export}: channel {c} has no file name for every field, names are of {', '.join(has) or 'none'}; see --channels")
+    if not names:
+        raise InputError(f"{export}: no feature column" + (f" that matches --columns {keep}" if keep else ""))
+    found = index_files(folder)
+    file_names = images[[f"FileName_{c}" for c in channels]].to_numpy()
+    files = {field: [found.get(name, Path(folder) / name) for name in row] for field, row in zip(images["field"], file_names)}
+    if image_csv:
+        table = read_csv(image_csv, dtype=str)
+        if "Image_FileName_DAPI" not in table:
+            raise InputError(f"{image_csv}: no column Image_FileName_DAPI, found {list(table.columns)}")
+        told = data.annotate(table).set_axis(table["Image_FileName_DAPI"])
+        file = images[f"FileName_{channels[0]}"]
+        if told.index.has_duplicates or not file.isin(told.index).any():
+            twice = told.index[told.index.duplicated()]
+            wrong = f"{twice[0]} stands in two rows" if len(twice) else f"no file of {export} is in it, e.g. {file.iloc[0]}"
+            raise InputError(f"{image_csv}: {wrong}; give the table of these images")
+        told = told.reindex(file).fillna("").iloc[cells["image"]].reset_index(drop=True)
+        cells = pd.concat([cells[["cell", "field", "image", "x", "y"]], told], axis=1)
+
+    size = np.full((len(images), 2), np.inf)  # height, width
+    for i in cells["image"].unique():
         try:
-            values = chunk[names].to_numpy(np.float32)
-        except (TypeError, ValueError):
-            name = next(n for n in names if not pd.api.types.is_numeric_dtype(chunk[n]))
-            first = next(i for i, v in enumerate(pd.to_numeric(chunk[name], errors="coerce").isna() & chunk[name].notna()) if v)
-            raise InputError(f"{table}, row {done + first + 2}, column {name}: {chunk[name].iloc[first]!r} is not a number") from None
-        to = where[done:done + len(values)]
-        target[to[to >= 0]] = values[:len(to)][to >= 0]
-        done += len(values)
-        target.flush()
-        release(target)
+            size[i] = read_tiff(files[images["field"].iloc[i]][0], header_only=True)
+        except InputError:  # said when the patches are read
+            if not skip_bad:
+                raise
+    low, (height, width) = SIZE // 2, size[cells["image"]].T
+    x, y = np.floor(cells["x"]), np.floor(cells["y"])
+    inside = ((x >= low) & (y >= low) & (x + SIZE - low <= width) & (y + SIZE - low <= height)).to_numpy()
+    if not inside.all():
+        report.append(f"{(~inside).sum()} of {len(cells)} cells lie less than half a crop from the edge of their field: left out")
+    cells, pieces = data.keep_cells(cells, pieces, inside)
+    cells, more = complete_cells(cells.drop(columns="image"), moa)
+    return cells, names, dropped, pieces, report + more, files
+
+
+def fields_unit(unit):
+    """The patches of one field; unit = (files, x, y). A file that is bad makes all cells of the field bad."""
+    files, x, y = unit
+    patches, shape = np.zeros((len(x), len(files), SIZE, SIZE), np.uint16), None
+    try:
+        for k, file in enumerate(files):
+            channel = read_tiff(file)
+            shape = shape or channel.shape
+            if channel.shape != shape:
+                raise InputError(f"{file}: {channel.shape[1]} x {channel.shape[0]} pixels, {files[0].name} has {shape[1]} x {shape[0]}")
+            patches[:, k] = cut(channel[None], x, y)[:, 0]
+            if channel.dtype == np.uint8:
+                patches[:, k] *= 257  # 255 becomes 65535: CellProfiler calls both 1
+    except InputError as error:
+        return patches, dict.fromkeys(range(len(x)), str(error))
+    return patches, {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,14 +654,35 @@ def plate_scales(raw, cells, centre_scale):
 # Writing the folder
 
 
-def read_patches(target, units, starts, read_unit, state, workers, skip_bad):
+def keep_freed_memory():
+    """Tells glibc to keep freed memory for the next field: giving it back and faulting it in again halved the rate."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, -1), mallopt(-4, 0)  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no separate mappings
+    except (AttributeError, OSError):
+        pass  # another C library: nothing to set
+
+
+def begin_worker():
+    """A worker leaves Ctrl-C to its parent and ends when that has died."""
+    def watch(parent=os.getppid()):
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    keep_freed_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def read_patches(target, units, read_unit, state, workers, skip_bad):
     """Fills target (N, C, 68, 68) unit by unit, in parallel; what is done is kept in the file `state`, so that it can be taken up again.
 
-    read_unit(unit) -> (patches, {position: reason}); a bad patch is refused by name, or with skip_bad left black. Returns {row: reason}.
+    units: (row of the first cell, unit); read_unit(unit) -> (patches, {position: reason}); a bad patch is refused by name, or with
+    skip_bad left black. Returns {row: reason}.
     """
     done = json.loads(state.read_text()) if state.exists() else {"units": 0, "bad": {}}
     begin, said, saved, n = time.perf_counter(), 0.0, time.perf_counter(), len(target)
-    first = starts[done["units"]] if done["units"] < len(units) else n
+    first = units[done["units"]][0] if done["units"] < len(units) else n
 
     def save():
         target.flush()
@@ -553,15 +690,15 @@ def read_patches(target, units, starts, read_unit, state, workers, skip_bad):
         state.with_suffix(".tmp").write_text(json.dumps(done))
         os.replace(state.with_suffix(".tmp"), state)
 
-    pool = ProcessPoolExecutor(workers) if workers > 1 else None
+    pool = ProcessPoolExecutor(workers, initializer=begin_worker) if workers > 1 else None
     ahead = []
     try:
         upcoming = iter(range(done["units"], len(units)))
         while done["units"] < len(units):
             while pool and len(ahead) < 4 * workers and (u := next(upcoming, None)) is not None:
-                ahead.append(pool.submit(read_unit, units[u]))
-            patches, bad = ahead.pop(0).result() if pool else read_unit(units[done["units"]])
-            start = starts[done["units"]]
+                ahead.append(pool.submit(read_unit, units[u][1]))
+            start, unit = units[done["units"]]
+            patches, bad = ahead.pop(0).result() if pool else read_unit(unit)
             for i, reason in bad.items():
                 if not skip_bad:
                     raise InputError(f"{reason}; mend it, or leave such cells out with --skip-bad")
@@ -569,7 +706,7 @@ def read_patches(target, units, starts, read_unit, state, workers, skip_bad):
             target[start:start + len(patches)] = patches
             done["units"] += 1
             now, at = time.perf_counter(), start + len(patches)
-            if now - saved > 2:
+            if now - saved > SAVE_EVERY:
                 save()
                 saved = now
             if now - said > 5 or done["units"] == len(units):
@@ -596,11 +733,11 @@ def white_levels(patches, rows):
     return [max(int(np.searchsorted(row, WHITE * row[-1])), 1) for row in cumulated], black
 
 
-def write_folder(out, cells, names, dropped, fill_features, units, starts, read_unit, channels, options, workers=1, skip_bad=False):
+def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels, options, workers=1, skip_bad=False):
     """Writes a prepared folder: patches, features, cells.csv, meta.json; takes up OUT.partial where an earlier call was interrupted.
 
-    `fill_features(target)` writes all measurements (N, len(names)) float32; `options`: split, normalise, drop_duplicates, seed and
-    whatever else describes the call. Returns the meta dictionary.
+    `pieces`: the measurements (data.fill_features); `units`: (row of the first cell, what `read_unit` takes), see read_patches; `options`:
+    split, normalise, drop_duplicates, seed and whatever else describes the call. Returns the meta dictionary.
     """
     out = Path(out)
     work = out.with_name(out.name + ".partial")
@@ -616,11 +753,14 @@ def write_folder(out, cells, names, dropped, fill_features, units, starts, read_
     shape = (n, len(channels), SIZE, SIZE)
     path = work / "patches.npy"
     patches = np.lib.format.open_memmap(path, "r+" if path.exists() and (work / "progress").exists() else "w+", np.uint16, shape)
-    bad = read_patches(patches, units, starts, read_unit, work / "progress", workers, skip_bad)
+    bad = read_patches(patches, units, read_unit, work / "progress", workers, skip_bad)
     if not (work / "raw.npy").exists():
         raw = np.lib.format.open_memmap(work / "raw.tmp", "w+", np.float32, (n, len(names)))
-        fill_features(raw)
-        raw.flush()
+        write_back = lambda: (raw.flush(), release(raw))
+        for c in chunks(n):
+            raw[c] = np.nan
+            write_back()
+        data.fill_features(raw, names, pieces, write_back)
         os.replace(work / "raw.tmp", work / "raw.npy")
     raw = np.load(work / "raw.npy", mmap_mode="r")
 
@@ -655,6 +795,8 @@ def write_folder(out, cells, names, dropped, fill_features, units, starts, read_
     part = Rows(raw, keep, column)
     train = np.flatnonzero(cells["split"] == "train")
     _, centre, scale = column_moments(part, train)
+    for name in [f for f, sd in zip(features, scale) if f.endswith("_AreaShape_Orientation") and sd < 1.6]:
+        print(f"{name} looks like radians, as CellProfiler 4.0 wrote it (other versions: degrees); do not mix tables of both")
     plates = plate_scales(part, cells, (centre, scale)) if options["normalise"] == "plate-dmso" else {}
     final = np.lib.format.open_memmap(work / "features.npy", "w+", np.float32, (len(keep), len(column)))
     imputed, clipped = np.zeros(len(column), int), np.zeros(len(column), int)
@@ -670,7 +812,8 @@ def write_folder(out, cells, names, dropped, fill_features, units, starts, read_
         release(final)
     white, black = white_levels(patches, train)
     del raw, whole, part, patches, final
-    if (work / "patches.tmp").exists():
+    if len(keep) < n:
+        (work / "progress").unlink()  # if interrupted from here on, patches are read again: patches.npy has other rows now
         os.replace(work / "patches.tmp", work / "patches.npy")
 
     cells[CELL_COLUMNS].to_csv(work / "cells.csv", index=False)
@@ -688,7 +831,7 @@ def write_folder(out, cells, names, dropped, fill_features, units, starts, read_
     }
     (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     for name in ("raw.npy", "plan", "progress"):
-        (work / name).unlink()
+        (work / name).unlink(missing_ok=True)
     os.replace(work, out)
     return meta
 
@@ -1269,8 +1412,13 @@ def parse(argv):
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--simulate", type=int, nargs="?", const=4000, metavar="N", help="N simulated cells (default 4000)")
     source.add_argument("--crops", metavar="DIR", help="folder of crops, <stem>/<stem>_<k>.npy, with its metadata.csv")
+    source.add_argument("--images", metavar="DIR", help="whole fields: TIFF files, found by name anywhere below DIR")
     source.add_argument("--check", metavar="DIR", help="compare every checksum of a prepared folder, write nothing")
     add("--features", metavar="TABLE", help=f"with --crops: CSV of CellProfiler measurements, key column {KEY}")
+    add("--cellprofiler", metavar="EXPORT", help="with --images: CellProfiler's folder of CSV files (or of such folders), or SQLite file")
+    add("--image-csv", metavar="FILE", help="with --images: BBBC021_v1_image.csv, what a field is (default: CellProfiler's Metadata_)")
+    add("--channels", default=",".join(CHANNELS), help="with --images: names of the FileName_ columns in order (default DAPI,Tubulin,Actin)")
+    add("--write-release", metavar="DIR", help="with --simulate: write fields, BBBC021's tables and CellProfiler's, and no prepared folder")
     add("--moa", metavar="FILE", help="BBBC021_v1_moa.csv: mechanisms by compound and concentration (default: the metadata's own)")
     add("--stored-order", default="DAPI,Actin,Tubulin", help="with --crops: channels in the order the files hold them (default DAPI,Actin,Tubulin)")
     add("--columns", metavar="REGEX", help="keep only features that match, e.g. '^Nuclei_AreaShape'")
@@ -1283,10 +1431,14 @@ def parse(argv):
     add("--limit", type=int, metavar="N", help="only N cells, drawn by the seed")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read patches (default: the CPUs, 8 at most)")
     add("--seed", type=int, default=0, help="of the split, of --limit and of the simulation (default 0)")
-    add("--skip-bad", action="store_true", help="leave out cells whose patch is missing or malformed, and count them")
+    add("--skip-bad", action="store_true", help="leave out cells whose patch or field is missing or malformed, and count them")
     args = parser.parse_args(argv)
-    if not args.check and not args.out:
+    if args.write_release and (args.simulate is None or args.out):
+        parser.error("--write-release DIR goes with --simulate and without --out")
+    if not args.check and not args.out and not args.write_release:
         parser.error("--out DIR is needed: the prepared folder to write")
+    if args.images and not args.cellprofiler:
+        parser.error("--images needs --cellprofiler EXPORT: CellProfiler's CSV folder or SQLite file")
     if args.crops and not args.features:
         parser.error(f"--crops needs --features TABLE: CellProfiler measurements with key column {KEY}")
     for name, least in (("simulate", 100), ("limit", 1), ("workers", 1), ("seed", 0)):
@@ -1309,8 +1461,16 @@ def main(argv=None):
         if not all(equal.values()):
             raise InputError(f"{args.check}: changed; prepare it again")
         return
+    if args.write_release:
+        if Path(args.write_release).exists():
+            raise InputError(f"{args.write_release}: exists already; choose another --write-release, or delete it")
+        r = args.write_release
+        count = write_release(r, *simulate_table(args.simulate, args.seed), args.seed)
+        print(f"{r}: {count} fields; next: python prepare_bbbc021.py --images {r}/images --cellprofiler {r}/cellprofiler "
+              f"--image-csv {r}/BBBC021_v1_image.csv --moa {r}/BBBC021_v1_moa.csv --out out/")
+        return
     out = Path(args.out)
-    options = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "check")}
+    options = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "check", "write_release")}
     if out.exists():
         if (out / "meta.json").is_file() and data.open_folder(out).meta["options"] == options:
             print(f"{out} is already prepared with these options; nothing to do")
@@ -1318,44 +1478,53 @@ def main(argv=None):
         raise InputError(f"{out}: exists already; choose another --out, or delete it")
 
     begin = time.perf_counter()
+    channels, moa = list(CHANNELS), read_moa(args.moa) if args.moa else None
     if args.simulate:
-        cells, table = simulate_table(args.simulate, args.seed)
-        names, dropped, channels, report = *sort_columns(table.columns, args.columns)[:2], list(CHANNELS), []
-        cells, _ = complete_cells(cells)
-        stay, more = choose_cells(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
-        cells["number"] = np.arange(len(cells))
-        parts = list(cells[stay].groupby("field", sort=False)["number"])
-        order = np.concatenate([part.to_numpy() for _, part in parts])
-        # every cell of a field is drawn, also those that are not kept: a picture does not depend on --limit
-        fields = {name: np.array(rows) for name, rows in cells.groupby("field", sort=False)["number"]}
-        units = [(table.iloc[fields[name]], *(cells[c].to_numpy()[fields[name]] for c in ("x", "y")), [args.seed, 5, int(fields[name][0])],
-                  np.searchsorted(fields[name], part.to_numpy())) for name, part in parts]
-        starts = np.concatenate([[0], np.cumsum([len(part) for _, part in parts])])[:-1].tolist()
-        cells, table = cells.iloc[order].drop(columns="number").reset_index(drop=True), table.iloc[order]
-        read_unit = simulated_unit
-
-        def fill_features(target):
-            target[:] = table[names].to_numpy(np.float32)
-    else:
-        channels = list(CHANNELS)
+        drawn, table = simulate_table(args.simulate, args.seed)
+        names, dropped, _ = sort_columns(table.columns, args.columns)
+        cells, report = complete_cells(drawn.copy(), moa)
+        pieces = [(table, names, np.arange(len(table)))]
+    elif args.crops:
         stored = args.stored_order.split(",")
         if sorted(stored) != sorted(channels):
             raise InputError(f"--stored-order {args.stored_order}: expected {', '.join(channels)} in some order, separated by commas")
-        cells, names, dropped, row, report = crops_table(args.crops, args.features, args.columns, read_moa(args.moa) if args.moa else None)
-        stay, more = choose_cells(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
-        cells, row = cells[stay].reset_index(drop=True), row[stay]
-        files = [f"{args.crops}/{field}/{cell.removesuffix('.npy')}.npy" for field, cell in zip(cells["field"], cells["cell"])]
-        starts = list(range(0, len(cells), CROPS_AT_ONCE))
-        units = [(files[i:i + CROPS_AT_ONCE], [stored.index(c) for c in channels]) for i in starts]
-        read_unit, fill_features = crops_unit, partial(fill_from_csv, table=args.features, names=names, row=row)
+        cells, names, dropped, pieces, report = crops_table(args.crops, args.features, args.columns, moa)
+    else:
+        channels = args.channels.split(",")
+        if len(set(channels)) < 3 or len(channels) > 3:
+            raise InputError(f"--channels {args.channels}: expected three names, separated by commas")
+        cells, names, dropped, pieces, report, files = fields_table(args.images, args.cellprofiler, args.image_csv, channels, args.columns,
+                                                                    moa, args.skip_bad)
+    stay, more = choose_cells(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
+    cells, pieces = data.keep_cells(cells, pieces, stay)
+
+    units, runs = [], [*first_rows(cells["field"]).tolist(), len(cells)]
+    if args.simulate:
+        # every cell of a field is drawn, also those that are not kept: a picture does not depend on --limit
+        bounds, row = [*first_rows(drawn["field"]).tolist(), len(drawn)], np.flatnonzero(stay)
+        for a, b in zip(runs, runs[1:]):
+            k = np.searchsorted(bounds, row[a], "right")
+            whole = slice(bounds[k - 1], bounds[k])
+            x, y = (drawn[c].to_numpy()[whole] for c in ("x", "y"))
+            units.append((a, (table[whole], x, y, [args.seed, 5, whole.start], row[a:b] - whole.start)))
+        read_unit = simulated_unit
+    elif args.crops:
+        paths = [f"{args.crops}/{field}/{cell.removesuffix('.npy')}.npy" for field, cell in zip(cells["field"], cells["cell"])]
+        order = [stored.index(c) for c in channels]
+        units = [(a, (paths[a:a + CROPS_AT_ONCE], order)) for a in range(0, len(cells), CROPS_AT_ONCE)]
+        read_unit = crops_unit
+    else:
+        units = [(a, (files[cells["field"][a]], cells["x"].to_numpy()[a:b], cells["y"].to_numpy()[a:b])) for a, b in zip(runs, runs[1:])]
+        read_unit = fields_unit
     for line in report + more:
         print(line)
-    meta = write_folder(out, cells, names, dropped, fill_features, units, starts, read_unit, channels, options, args.workers, args.skip_bad)
+    meta = write_folder(out, cells, names, dropped, pieces, units, read_unit, channels, options, args.workers, args.skip_bad)
     print("\n".join(describe(out)))
     print(f"done in {time.perf_counter() - begin:.1f} s; next: python train.py --data {args.out}" + ("" if meta["counts"]["treatments"] > 7 else " --batch 32"))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
     except (InputError, OSError) as error:
