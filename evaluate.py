@@ -725,7 +725,9 @@ def judge(G, D, folder, rows, seed, device, net=None, subset=None, engine="ours"
     for who, frame in {"input CP vectors": given, **seen}.items():
         try:
             there = found.get(who, slice(None))
-            scores = score_profiles(well_profiles(pd.concat([cells, frame], axis=1)[there], frame.columns), frame.columns, seed=seed)
+            frame = frame.loc[:, frame[there].notna().mean() >= 0.95]  # some measurements are never defined
+            wells = well_profiles(pd.concat([cells, frame], axis=1)[there], frame.columns)
+            scores = score_profiles(wells.dropna(), frame.columns, seed=seed)
         except InputError as error:
             scores = dict.fromkeys(("NSC", "NSCB"), {"absent": str(error)})
         *result, more = moa_records(who, scores)

@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import filecmp
 import hashlib
+import itertools
 import json
 import math
 import mmap
@@ -1375,6 +1376,144 @@ def measure(images, masks, channels=("DAPI", "Tubulin", "Actin"), scale=3, chunk
     return names, np.concatenate(values)
 
 
+def measure_by_cp_measure(images, masks, channels=CHANNELS):
+    """The same job as `measure`, by the package cp_measure 0.3.0 (optional), which knows more features: names and values (N, F).
+
+    Patches are tiled with a gap into one picture, as the package wants it; `legacy`: CellProfiler's definitions. InputError without it.
+    """
+    try:
+        from cp_measure.bulk import get_core_measurements, get_correlation_measurements
+    except ImportError:
+        raise InputError("--engine cp_measure: the package is not installed; pip install cp_measure==0.3.0, or use --engine ours") from None
+    images, masks = np.asarray(images), np.asarray(masks)
+    whole, side, gap = 65535 if images.dtype.kind in "ui" else 1, math.ceil(math.sqrt(len(images))), 4
+
+    def tiled(patches):
+        """(N, H, W) -> one picture with `gap` pixels of 0 between the patches"""
+        padded = np.zeros((side * side, patches.shape[1] + gap, patches.shape[2] + gap), patches.dtype)
+        padded[:len(patches), gap // 2:-gap // 2, gap // 2:-gap // 2] = patches
+        return padded.reshape(side, side, *padded.shape[1:]).swapaxes(1, 2).reshape(side * padded.shape[1], -1)
+
+    pixels = [tiled(images[:, c].astype(np.float32) / np.float32(whole)) for c in range(len(channels))]
+    core, pairs, found = get_core_measurements(legacy=True), get_correlation_measurements(), {}
+    nucleus, cell = (masks & NUCLEUS) > 0, (masks & CELL) > 0
+    for compartment, part in (("Nuclei", nucleus), ("Cells", cell), ("Cytoplasm", cell & ~nucleus)):
+        there = np.flatnonzero(part.any((1, 2)))
+        label = np.zeros(len(part), int)
+        label[there] = np.arange(len(there)) + 1
+        labels = tiled(part * label[:, None, None])
+        results = [("AreaShape_" + name, v) for k in ("sizeshape", "zernike", "feret") for name, v in core[k](labels, None).items()]
+        stains = list(zip(channels, pixels))[0 if compartment == "Nuclei" else 1:]
+        for channel, x in stains:
+            for kind, prefix in (("intensity", ""), ("texture", "Texture_"), ("radial_distribution", ""), ("radial_zernikes", ""), ("granularity", "")):
+                for name, v in core[kind](labels, x).items():
+                    family, feature, *rest = (prefix + name).split("_")
+                    results.append(("_".join([family, feature, channel, *rest]), v))
+        for (a, x), (b, y) in itertools.combinations(stains if compartment == "Cells" else [], 2):
+            for kind in ("pearson", "manders_fold", "rwc"):
+                for name, v in pairs[kind](x, y, labels).items():
+                    feature = name.removeprefix("Correlation_").replace("Pearson", "Correlation")
+                    results.append((f"Correlation_{feature.removesuffix('_2')}_{b}_{a}" if feature.endswith("_2") else
+                                    f"Correlation_{feature.removesuffix('_1')}_{a}_{b}", v))
+        for name, v in results:
+            found[f"{compartment}_{name}"] = np.full(len(masks), np.nan)
+            found[f"{compartment}_{name}"][there] = v
+    return list(found), np.stack(list(found.values()), 1)
+
+
+ENGINES = {"ours": measure, "cp_measure": measure_by_cp_measure}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole fields without CellProfiler: segmented and measured here, written as CellProfiler's tables
+
+WINDOWS = (68, 96, 128, 178)  # pixels, sides of the squares in which objects of a field are measured; a larger cell is left out
+
+
+def measure_fields(images, export, image_csv, channels, workers, skip_bad, engine="ours"):
+    """Segments and measures every field below `images` and writes an export like CellProfiler's, one folder a field, at `export`.
+
+    The files of a field: `image_csv` names them (Image_FileName_<channel>), or they share a name up to _w<number>, as BBBC021's do. Fields
+    whose folder is there already are not measured again, so that an interrupted call goes on.
+    """
+    found, fields = index_files(images), {}
+    if image_csv:
+        table = read_csv(image_csv, dtype=str)
+        columns = [f"Image_FileName_{c}" for c in channels]
+        if lacking := [c for c in columns if c not in table]:
+            raise InputError(f"{image_csv}: no column {lacking[0]}, found {list(table.columns)}; see --channels")
+        fields = {Path(row[0]).stem: [found.get(name, Path(images) / name) for name in row] for row in table[columns].to_numpy() if row[0] in found}
+    else:
+        for path in found.values():
+            if match := re.match(r"(.+)_w(\d+)", path.stem):
+                fields.setdefault((path.parent, match[1]), []).append((int(match[2]), path))
+        fields = {files[0][1].stem: [path for _, path in files] for files in map(sorted, fields.values())}
+    for name, files in fields.items():
+        if len(files) != len(channels):
+            raise InputError(f"{files[0]}: {len(files)} files share its name up to _w, expected one for each of {', '.join(channels)}")
+    if not fields:
+        raise InputError(f"{images}: no field; expected files named ..._w1..., _w2..., _w4..., or give --image-csv")
+    todo = [(number, name, files) for number, (name, files) in enumerate(fields.items(), 1) if not (Path(export) / name).exists()]
+    begin, said, count = time.perf_counter(), time.perf_counter(), 0
+    with ProcessPoolExecutor(workers, initializer=begin_worker) as pool:
+        jobs = [pool.submit(measure_field, unit, export, channels, engine, skip_bad) for unit in todo]
+        try:
+            for k, job in enumerate(jobs, 1):
+                count += job.result()
+                if time.perf_counter() - said > 5 or k == len(jobs):
+                    said = time.perf_counter()
+                    print(f"measured {k}/{len(todo)} fields | {count / (said - begin):.1f} cells/s | {(said - begin) / k * (len(todo) - k):.0f} s left", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return export
+
+
+def measure_field(unit, export, channels, engine="ours", skip_bad=False):
+    """Segments and measures one field, unit = (ImageNumber, name, files), and writes its four tables; returns the number of cells."""
+    number, name, files = unit
+    torch.set_num_threads(1)  # the fields run side by side
+    try:
+        field = [read_tiff(file) for file in files]
+        if len({x.shape for x in field}) > 1:
+            raise InputError(f"{files[0]}: the files of this field differ in size: {[x.shape for x in field]}")
+    except InputError:
+        if not skip_bad:
+            raise
+        return 0
+    nuclei, cells = segment_field(*field)
+    field = np.stack([x * np.uint16(257) if x.dtype == np.uint8 else x for x in field])
+    boxes, names, rows, label = ndi.find_objects(cells), [], [], []  # measured in squares: places in them mean nothing and are not written
+    size = np.array([max(s.stop - s.start for s in box) for box in boxes], int)
+    padded = np.pad(field, ((0, 0), *[(WINDOWS[-1],) * 2] * 2))
+    pad_nuclei, pad_cells = (np.pad(x, WINDOWS[-1]) for x in (nuclei, cells))
+    for low, side in zip((0, *WINDOWS), WINDOWS):
+        here = np.flatnonzero((size > low) & (size <= side))
+        patches, masks = np.zeros((len(here), len(field), side, side), np.uint16), np.zeros((len(here), side, side), np.uint8)
+        for i, k in enumerate(here):
+            at = tuple(slice(m := (s.start + s.stop - side) // 2 + WINDOWS[-1], m + side) for s in boxes[k])
+            patches[i] = padded[(slice(None), *at)]
+            masks[i] = NUCLEUS * (pad_nuclei[at] == k + 1) + CELL * (pad_cells[at] == k + 1)
+        if len(here):
+            names, values = ENGINES[engine](patches, masks, channels)
+            rows.append(values)
+            label.append(here + 1)
+    label = np.concatenate(label) if label else np.zeros(0, int)
+    table = pd.DataFrame(np.concatenate(rows) if rows else np.zeros((0, 0)), index=label, columns=names).sort_index()
+    work = Path(export) / f".{name}"
+    work.mkdir(parents=True, exist_ok=True)
+    image = {"ImageNumber": number, **{f"FileName_{c}": Path(file).name for c, file in zip(channels, files)}}
+    pd.DataFrame([image]).to_csv(work / "Image.csv", index=False)
+    centre = np.array(ndi.center_of_mass(nuclei > 0, nuclei, table.index)).reshape(-1, 2)
+    for o in ("Nuclei", "Cells", "Cytoplasm"):
+        own = table[[c for c in sort_columns(names)[0] if c.startswith(o + "_")]].rename(columns=lambda c: c.removeprefix(o + "_"))
+        keys = {"ImageNumber": number, "ObjectNumber": table.index, "Parent_Nuclei": table.index}
+        if o == "Nuclei":
+            keys |= {"Location_Center_X": centre[:, 1], "Location_Center_Y": centre[:, 0]}
+        pd.concat([pd.DataFrame(keys, index=table.index), own], axis=1).to_csv(work / f"{o}.csv", index=False, float_format="%.8g")
+    os.replace(work, Path(export) / name)
+    return len(table)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -1415,7 +1554,8 @@ def parse(argv):
     source.add_argument("--images", metavar="DIR", help="whole fields: TIFF files, found by name anywhere below DIR")
     source.add_argument("--check", metavar="DIR", help="compare every checksum of a prepared folder, write nothing")
     add("--features", metavar="TABLE", help=f"with --crops: CSV of CellProfiler measurements, key column {KEY}")
-    add("--cellprofiler", metavar="EXPORT", help="with --images: CellProfiler's folder of CSV files (or of such folders), or SQLite file")
+    add("--cellprofiler", metavar="EXPORT", help="with --images: CellProfiler's folder of CSV files (or of such folders), or SQLite file (default: cells are segmented and measured here)")
+    add("--engine", choices=list(ENGINES), default="ours", help="with --images alone: who measures, ours or the package cp_measure (default ours)")
     add("--image-csv", metavar="FILE", help="with --images: BBBC021_v1_image.csv, what a field is (default: CellProfiler's Metadata_)")
     add("--channels", default=",".join(CHANNELS), help="with --images: names of the FileName_ columns in order (default DAPI,Tubulin,Actin)")
     add("--write-release", metavar="DIR", help="with --simulate: write fields, BBBC021's tables and CellProfiler's, and no prepared folder")
@@ -1437,8 +1577,6 @@ def parse(argv):
         parser.error("--write-release DIR goes with --simulate and without --out")
     if not args.check and not args.out and not args.write_release:
         parser.error("--out DIR is needed: the prepared folder to write")
-    if args.images and not args.cellprofiler:
-        parser.error("--images needs --cellprofiler EXPORT: CellProfiler's CSV folder or SQLite file")
     if args.crops and not args.features:
         parser.error(f"--crops needs --features TABLE: CellProfiler measurements with key column {KEY}")
     for name, least in (("simulate", 100), ("limit", 1), ("workers", 1), ("seed", 0)):
@@ -1493,7 +1631,8 @@ def main(argv=None):
         channels = args.channels.split(",")
         if len(set(channels)) < 3 or len(channels) > 3:
             raise InputError(f"--channels {args.channels}: expected three names, separated by commas")
-        cells, names, dropped, pieces, report, files = fields_table(args.images, args.cellprofiler, args.image_csv, channels, args.columns,
+        export = args.cellprofiler or measure_fields(args.images, f"{out}.measured", args.image_csv, channels, args.workers, args.skip_bad, args.engine)
+        cells, names, dropped, pieces, report, files = fields_table(args.images, export, args.image_csv, channels, args.columns,
                                                                     moa, args.skip_bad)
     stay, more = choose_cells(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
     cells, pieces = data.keep_cells(cells, pieces, stay)
