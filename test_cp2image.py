@@ -43,6 +43,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 long = pytest.mark.skipif(not os.environ.get("LONG"), reason="minutes long: set LONG=1")
 
 train.keep_freed_memory()
+train.VALIDATED = 24  # cells, not 512: seconds instead of minutes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -813,9 +814,10 @@ def test_correlations():
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    """A folder of 240 simulated cells, untrained runs of two seeds on it, and a run of another folder."""
+    """A folder of 200 simulated cells, untrained runs of two seeds on it, and a run of another folder."""
     top = tmp_path_factory.mktemp("judged")
-    prepare.main(["--simulate", "240", "--out", str(top / "data"), "--workers", "1"])
+    evaluate.TRAIN_SAMPLE = 60  # cells measured for scale and components: seconds instead of minutes
+    prepare.main(["--simulate", "200", "--out", str(top / "data"), "--workers", "1"])
     folder = data.open_folder(top / "data")
     for seed, name in ((0, "cp2image-seed0"), (1, "cp2image-seed1"), (0, "foreign"), (0, "percentile-seed0")):
         torch.manual_seed(seed)

@@ -27,6 +27,7 @@ import model
 
 LOG_COLUMNS = ["step", "loss_d", "p_real", "p_fake", "loss_pix", "loss_hidden", "hidden0", "hidden1", "hidden2", "hidden3",
                "cells_per_s", "train_pix", "val_pix", "train_hidden", "val_hidden"]
+VALIDATED = 512  # training and as many validation cells that the log's train_pix and val_pix are means over
 RESUMABLE = {"steps", "run", "resume", "data", "device", "log_every", "sample_every", "val_every", "save_every", "bench"}
 
 
@@ -201,7 +202,7 @@ def parse(argv):
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default off; fp16 needs CUDA)")
     add("--ema", type=float, default=0.0, metavar="DECAY", help="keep an average of the generator's weights too, e.g. 0.999 (default 0: none)")
     add("--device", default="auto", help="cuda, cuda:1, cpu (default: cuda where there is one)")
-    add("--seed", type=int, default=0, help="of the weights, the batches and the sample cells (default 0)")
+    add("--seed", type=int, default=0, help="of the weights, the batches and the cells that are shown and validated (default 0)")
     add("--log-every", type=int, default=50, help="steps between log lines (default 50)")
     add("--sample-every", type=int, default=2500, help="steps between sample pictures (default 2500; always at the end)")
     add("--val-every", type=int, default=500, help="steps between validations (default 500; always at the end)")
@@ -259,7 +260,7 @@ def main(argv=None):
         raise data.InputError(f"{args.data}: a batch of {sampler.batch}, batch norm needs at least 4 cells")
     pick = torch.Generator().manual_seed(args.seed)
     shown = val_rows[torch.randperm(len(val_rows), generator=pick)[:26].sort().values.numpy()]
-    checked = [rows[torch.randperm(len(rows), generator=pick)[:512].sort().values.numpy()] for rows in (train_rows, val_rows)]
+    checked = [rows[torch.randperm(len(rows), generator=pick)[:VALIDATED].sort().values.numpy()] for rows in (train_rows, val_rows)]
 
     # The networks and their optimisers
     torch.manual_seed(args.seed)
