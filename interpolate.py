@@ -4,7 +4,7 @@
     python interpolate.py {sweep --fig4c, moa, dose, walk, algebra, controllability, coupling} --data out/ --run runs/cp2image-seed0
 
 Reads a prepared folder and a run. Writes OUT/<figure>.png, .json and .csv (equal calls, equal bytes), with --gif OUT/<figure>.gif, with
---html FILE one page with a slider per edited feature that any browser opens offline. Cost: 60 pictures/s measured on one CPU core.
+--html FILE one page with a slider per edited feature that any browser opens offline. Cost: 50 pictures/s with 860 features on one CPU core.
 """
 import argparse
 import base64
@@ -32,7 +32,7 @@ import model
 from data import InputError
 from prepare_bbbc021 import measure, segment
 
-FIG4C = ["Nuclei_AreaShape_Area", "Nuclei_AreaShape_Orientation", "Nuclei_Intensity_MeanIntensity_DAPI", "Cytoplasm_AreaShape_Area"]  # paper
+FIG4C = ["Nuclei_AreaShape_Area", "Nuclei_AreaShape_Orientation", "Nuclei_Intensity_MeanIntensity_DAPI", "Cytoplasm_AreaShape_Area"]
 BLOCK = 50  # dimensions replaced at once in Fig 5a (paper)
 REFERENCE = 20_000  # training cells at most that stand for the data: bounds the memory
 GROUP = 200  # cells at most of a concentration in Fig 5b: DMSO would be most of the principal axes
@@ -90,18 +90,13 @@ def edited(raw, places, values, scale, angle, covariance=None):
     return np.where(angle & (abs(out) > 90), (out + 90) % 180 - 90, out)
 
 
-def replacement_order(a, b):
-    """Dimensions by |b - a|, largest first, ties to the lower index (Fig 5a)."""
-    return np.argsort(-np.abs(np.asarray(b) - np.asarray(a)), kind="stable")
-
-
 def replaced(a, b, block=BLOCK):
-    """From a (F,) to b (F,), `block` dimensions more a step in replacement_order: (steps + 1, F)."""
-    order, path = replacement_order(a, b), [a.copy()]
+    """Fig 5a: from a (F,) to b (F,), `block` dimensions a step, the largest |b - a| first, ties to the lower: order (F,), path (n, F)."""
+    order, path = np.argsort(-np.abs(b - a), kind="stable"), [a]
     for start in range(0, len(a), block):
         path.append(path[-1].copy())
         path[-1][order[start:start + block]] = b[order[start:start + block]]
-    return np.stack(path)
+    return order, np.stack(path)
 
 
 def line(a, b, steps):
@@ -166,20 +161,18 @@ def fit_reference(z):
     covariance, shrinkage = ledoit_wolf(z)
     root = np.linalg.inv(np.linalg.cholesky(covariance + 1e-9 * np.eye(z.shape[1])))
     distance = (((z - z.mean(0)) @ root.T) ** 2).sum(1)
-    weight = (1 - shrinkage) / len(z)
     some = z[:: -(-len(z) // 1000)]
     nearest = torch.cdist(torch.tensor(some), torch.tensor(z)).topk(2, largest=False).values[:, 1].numpy()  # the nearest is itself
     return {"z": z, "mean": z.mean(0), "covariance": covariance, "shrinkage": shrinkage, "root": root,
-            "distances": np.sort(distance / np.maximum(1 - weight * distance, 1e-9)), "nearest": float(np.median(nearest))}
+            "distances": np.sort(distance / np.maximum(1 - (1 - shrinkage) / len(z) * distance, 1e-9)), "nearest": np.median(nearest)}
 
 
 def how_far(reference, z):
     """Of each vector z (n, F): the percentile of its Mahalanobis distance among the training cells', and the distance to its nearest
     training cell in units of what is usual between training cells (median): (n,), (n,)."""
-    z = np.asarray(z, np.float64)
-    percentile = 100 * np.searchsorted(reference["distances"], (((z - reference["mean"]) @ reference["root"].T) ** 2).sum(1)) / len(reference["z"])
-    nearest = torch.cdist(torch.tensor(z), torch.tensor(reference["z"])).amin(1).numpy() / max(reference["nearest"], 1e-12)
-    return percentile, nearest
+    distance = (((z - reference["mean"]) @ reference["root"].T) ** 2).sum(1)
+    nearest = torch.cdist(torch.tensor(z), torch.tensor(reference["z"])).amin(1).numpy()
+    return 100 * np.searchsorted(reference["distances"], distance) / len(reference["z"]), nearest / max(reference["nearest"], 1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,18 +180,14 @@ def how_far(reference, z):
 
 
 def measured(x, features, channels, white=None, device="cpu"):
-    """Pictures (n, C, 68, 68) in 0..1 segmented and measured again: (n, F) in the order of `features`; NaN: no such measurement, or no cell.
+    """Pictures (n, C, 68, 68) in 0..1 segmented and measured: (n, F) in the order of `features`; NaN: no such measurement, or no cell.
 
     `white` (C,) 16-bit levels that 1 stands for (image norm percentile): intensities are then CellProfiler's; without it they are relative.
     """
     x = np.asarray(x.clamp(0, 1))
     unit = 1 if white is None else np.asarray(white, np.float32)[:, None, None] / data.FULL_SCALE
     names, values = measure(x * unit, segment(x), channels, device=device)
-    place = {name: k for k, name in enumerate(names)}
-    out = np.full((len(x), len(features)), np.nan)
-    there = [j for j, name in enumerate(features) if name in place]
-    out[:, there] = values[:, [place[features[j]] for j in there]]
-    return out
+    return pd.DataFrame(values, columns=names).reindex(columns=features).to_numpy(np.float64)
 
 
 def depends_on_brightness(x, look):
@@ -209,21 +198,12 @@ def depends_on_brightness(x, look):
     return (np.where(seen, np.abs(half - full), 0) > ALIKE * sd).sum(0) > 0.5 * np.maximum(seen.sum(0), 1)
 
 
-def slopes(asked, got):
-    """Per cell the sums whose ratio is a least-squares slope: asked (K, n), got (K, n, F) -> sxy, sxx (n, F), each cell about its own mean."""
-    there = np.isfinite(got)
-    count = np.maximum(there.sum(0), 1)
-    x, y = np.where(there, asked[:, :, None], 0), np.where(there, got, 0)
-    x = x - there * (x.sum(0) / count)
-    return (x * y).sum(0), (x * x).sum(0)
-
-
-def controllability(raw, scale, features, places, draw, look, far, offsets=(-3, -2, -1, 0, 1, 2, 3), covariance=None, relative=None, seed=0):
+def controllability(raw, scale, features, places, draw, look, far, offsets=range(-3, 4), covariance=None, relative=None, seed=0):
     """Moves each feature of `places` by `offsets` sd in n cells, draws, measures again; yields a record (dict) for each.
 
     raw, scale (n, F); draw(raw (n, F)) -> pictures of the n cells; look(pictures) -> (n, F); far(raw) -> percentile (n,) outside the data.
-    slope, with a 95 % bootstrap interval over cells: realised per requested sd; off target: mean |slope| of all other features beyond what the
-    edit itself asked of them; `relative` (F,) bool: measurements that the pictures cannot express and that are left out.
+    slope, with a 95 % bootstrap interval over cells: realised per requested sd; off target: mean |slope| of all other features beyond
+    what the edit asked of them; `relative` (F,) bool: measurements that the pictures cannot express and that are left out.
     """
     n, angle, offsets, base = len(raw), is_angle(features), np.array(offsets, float), look(draw(raw))
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), 500)  # (500, n)
@@ -232,17 +212,21 @@ def controllability(raw, scale, features, places, draw, look, far, offsets=(-3, 
         got = np.stack([base if k == 0 else look(draw(e)) for k, e in zip(offsets, asked)])  # (K, n, F)
         lost = int(np.isnan(got).all(2).sum())
         got[:, :, angle] = np.unwrap(got[:, :, angle], period=180, axis=0)
-        sxy, sxx = slopes(np.broadcast_to(offsets[:, None], got.shape[:2]), got / scale)
-        slope = np.where((sxx.sum(0) > 0) & (True if relative is None else ~relative), sxy.sum(0) / np.maximum(sxx.sum(0), 1e-12), np.nan)
+        there = np.isfinite(got)
+        x = there * offsets[:, None, None]
+        x = x - there * (x.sum(0) / np.maximum(there.sum(0), 1))  # each cell about its own mean
+        sxy, sxx = (x * np.where(there, got / scale, 0)).sum(0), (x * x).sum(0)  # (n, F): their sums' ratio is the least-squares slope
+        slope = np.where(sxx.sum(0) > 0, sxy.sum(0) / np.maximum(sxx.sum(0), 1e-12), np.nan)
+        slope[slice(0) if relative is None else relative] = np.nan
         astray = np.abs(slope - (0 if covariance is None else covariance[j] / covariance[j, j]))
         astray[j] = np.nan
         worst = int(np.nan_to_num(astray, nan=-1).argmax())
         percentile = np.stack([far(e) for e in asked])  # (K, n)
-        record = {"feature": features[j], "status": "measured" if np.isfinite(slope[j]) else "relative" if sxx[:, j].any() else "not measured",
-                  "slope": slope[j], "low": np.nan, "high": np.nan, "spearman": np.nan, "n": n, "off target": np.nanmean(astray),
-                  "most off target": features[worst], "its slope": slope[worst], "not segmented": lost,
+        status = "measured" if np.isfinite(slope[j]) else "relative" if sxx[:, j].any() else "not measured"
+        record = {"feature": features[j], "status": status, "slope": slope[j], "low": np.nan, "high": np.nan, "spearman": np.nan, "n": n,
+                  "off target": np.nanmean(astray), "most off target": features[worst], "its slope": slope[worst], "not segmented": lost,
                   "outside percentile at 1 sd": np.median(percentile[np.abs(offsets) == 1]), "at the ends": np.median(percentile[[0, -1]])}
-        if record["status"] == "measured":
+        if status == "measured":
             y, x = (got[:, :, j] - got[offsets == 0, :, j]).ravel(), np.repeat(offsets, n)
             record["low"], record["high"] = np.percentile(draws @ sxy[:, j] / np.maximum(draws @ sxx[:, j], 1e-12), [2.5, 97.5])
             record["spearman"] = stats.spearmanr(x, y, nan_policy="omit").statistic if np.nanstd(y) > 0 else 0.0
@@ -261,7 +245,7 @@ def feature_groups(features, channels):
 def coupling(z, x, groups, paint, seed=0, repeats=3):
     """How much the pixel loss of each channel rises when one group of features is permuted between cells: a record per group and channel.
 
-    z (n, F), x (n, C, H, W) the real cells in 0..1, paint(z) -> pictures. rise = loss permuted / loss - 1, with a bootstrap interval over cells.
+    z (n, F), x (n, C, H, W) real cells in 0..1, paint(z) -> pictures. rise = loss permuted / loss - 1, interval: bootstrap over cells.
     """
     random, n = np.random.default_rng(seed), len(z)
     weights = random.multinomial(n, np.full(n, 1 / n), 500)
@@ -273,9 +257,9 @@ def coupling(z, x, groups, paint, seed=0, repeats=3):
             f[:, places] = z[random.permutation(n)][:, places]
         worse = sum(map(loss, mixed)) / repeats
         rise = worse.sum(0) / np.maximum(base.sum(0), 1e-12) - 1
-        interval = np.percentile(weights @ worse / np.maximum(weights @ base, 1e-12) - 1, [2.5, 97.5], axis=0)
-        records += [{"group": name, "features": len(places), "channel": k, "rise": rise[k], "low": interval[0, k], "high": interval[1, k], "n": n}
-                    for k in range(base.shape[1])]
+        low, high = np.percentile(weights @ worse / np.maximum(weights @ base, 1e-12) - 1, [2.5, 97.5], axis=0)
+        records += [{"group": name, "features": len(places), "channel": k, "rise": v[0], "low": v[1], "high": v[2]}
+                    for k, v in enumerate(zip(rise, low, high))]
     return records
 
 
@@ -288,7 +272,7 @@ def strip(rows, title, zoom=2):
     also shows each channel in grey."""
     side, parts, small, large = data.SIZE * zoom + 2, [], ImageFont.load_default(11), ImageFont.load_default(12)
     for name, x, labels in rows:
-        grey = [(x[:, k, :, :, None] * 255).round().byte().expand(-1, -1, -1, 3).numpy() for k in range(x.shape[1] if len(rows) == 1 else 0)]
+        grey = [model.to_uint8(c)[..., None].expand(-1, -1, -1, 3).numpy() for c in x.unbind(1)] if len(rows) == 1 else []
         parts.append((name, data.tile([data.composite(x), *grey], zoom), labels, 13 * max(map(len, labels))))
     wide = max([int(large.getlength(name)) + 10 for name in (title, *(r[0] for r in rows))] + [p[1].shape[1] for p in parts])
     picture = Image.new("RGB", (wide, 22 + sum(30 + p[1].shape[0] + p[3] for p in parts)), "white")
@@ -299,7 +283,8 @@ def strip(rows, title, zoom=2):
         picture.paste(Image.fromarray(body), (0, top + 20))
         for i, lines in enumerate(labels):
             for k, said in enumerate(lines):
-                draw.text((4 + i * side, top + 22 + body.shape[0] + 13 * k), said, fill="firebrick" if said[:1] == "!" else "black", font=small)
+                colour = "firebrick" if said[:1] == "!" else "black"  # far from the data
+                draw.text((4 + i * side, top + 22 + body.shape[0] + 13 * k), said, fill=colour, font=small)
         top += 30 + body.shape[0] + text
     return picture
 
@@ -321,7 +306,7 @@ def rank_chart(axes, records, features):
     shown = pd.DataFrame((ranked if len(ranked) <= 60 else ranked[:30] + ranked[-30:])[::-1], columns=list(records[0]))
     axes.barh(shown["feature"], shown["slope"], color="lightsteelblue")
     axes.hlines(shown["feature"], shown["low"], shown["high"], color="black", lw=0.8)
-    axes.plot(shown["ceiling r"], shown["feature"], "|", color="darkorange", ms=8, mew=2, label="noise ceiling: r of real cells measured again")
+    axes.plot(shown["ceiling r"], shown["feature"], "|", color="darkorange", ms=8, mew=2, label="ceiling: r of real cells measured again")
     axes.axvline(1, color="grey", lw=0.8)
     axes.set(xlabel="realised per requested sd: 1 = obeyed, 0 = ignored (95 % interval over cells)", ylim=(-1, len(shown)),
              title=f"{len(shown)} of the {len(ranked)} features that these pictures can express (asked: {len(records)} of {features})")
@@ -341,7 +326,8 @@ def table_chart(axes, records, channels):
 
 
 PAGE_HTML = """<!doctype html><meta charset="utf-8"><title>%(title)s</title><style>
-body{font:16px sans-serif;max-width:980px;margin:24px auto}canvas{image-rendering:pixelated;display:block;margin:0 8px 4px 0}figure{display:inline-block;margin:0}
+body{font:16px sans-serif;max-width:980px;margin:24px auto}
+canvas{image-rendering:pixelated;display:block;margin:0 8px 4px 0}figure{display:inline-block;margin:0}
 label{display:block;margin:8px 0}input{width:420px;vertical-align:middle}pre{font:15px monospace;white-space:pre-wrap}</style>
 <h3>%(title)s</h3><div id="sliders"></div><div id="pictures"></div><pre id="caption"></pre><p>%(about)s</p><script>
 const P = %(values)s, side = P.side, sprite = new Image(), start = location.hash.slice(1).split(",");  // page.html#3,0 starts there
@@ -351,21 +337,24 @@ const canvases = ["Composite", ...P.channels].map((name, k) => {
   add(figure, "figcaption", name); c.width = c.height = side; c.style.width = (k ? 196 : 340) + "px"; return c.getContext("2d"); });
 const inputs = P.sliders.map(([name, levels, first], i) => {
   const label = add(document.getElementById("sliders"), "label"), input = add(label, "input");
-  Object.assign(input, {type: "range", min: 0, max: levels.length - 1, value: start[i] || first, oninput: show}); return [input, add(label, "b"), levels, name]; });
+  Object.assign(input, {type: "range", min: 0, max: levels.length - 1, value: start[i] || first, oninput: show});
+  return [input, add(label, "b"), levels, name]; });
 function show() {
   let at = 0;
-  for (const [input, text, levels, name] of inputs) { at = at * levels.length + Number(input.value); text.textContent = ` ${name}: ${levels[input.value]}`; }
+  for (const [input, text, levels, name] of inputs) {
+    at = at * levels.length + Number(input.value); text.textContent = ` ${name}: ${levels[input.value]}`; }
   canvases[0].drawImage(sprite, -side * (at %% P.columns), -side * Math.floor(at / P.columns));
   const whole = canvases[0].getImageData(0, 0, side, side).data;  // DAPI blue, tubulin green, actin red
   canvases.slice(1).forEach((c, k) => { const grey = c.createImageData(side, side);
-    for (let i = 0; i < whole.length; i += 4) { grey.data.fill(whole[i + 2 - k], i, i + 3); grey.data[i + 3] = 255; } c.putImageData(grey, 0, 0); });
+    for (let i = 0; i < whole.length; i += 4) { grey.data.fill(whole[i + 2 - k], i, i + 3); grey.data[i + 3] = 255; }
+    c.putImageData(grey, 0, 0); });
   document.getElementById("caption").textContent = P.captions[at].join("\\n"); }
 sprite.onload = show; sprite.src = P.sprite;</script>
 """
 
 
 def write_page(path, title, about, sliders, x, captions, channels):
-    """One self-contained page: sliders of (name, levels, start), and for each combination a picture of x (m, C, H, W) in 0..1 and lines of text."""
+    """A self-contained page: sliders of (name, levels, start), and for each combination a picture (x: (m, C, H, W) in 0..1) and lines."""
     columns, file = int(np.ceil(np.sqrt(len(x)))), io.BytesIO()
     Image.fromarray(data.tile([data.composite(part) for part in x.split(columns)], 1, 0)).save(file, format="PNG")
     values = {"side": x.shape[3], "columns": columns, "channels": channels, "sliders": sliders, "captions": captions,
@@ -388,8 +377,8 @@ def write(path, save):
 def open_lab(folder, G, split, seed, device):
     """What every figure needs, from a prepared folder; other people's cells drop in as other `cells`, `raw` and `scaling`.
 
-    raw(rows) (n, F); scaling(rows) centre, scale (n, F); z(rows) (n, F) standardised; paint(z), images(rows) -> pictures in 0..1; look(pictures) ->
-    (n, F) measured again; known(places): the training cells' values; reference: see fit_reference, of at most REFERENCE training cells.
+    raw(rows) (n, F); scaling(rows) centre, scale (n, F); z(rows) (n, F) standardised; paint(z), images(rows) -> pictures in 0..1;
+    look(pictures) -> (n, F) measured again; known(places): the training cells' values; reference: of REFERENCE training cells at most.
     """
     train = pick_some(folder.rows("train"), None, REFERENCE, seed)
     lab = {"features": folder.features, "channels": folder.channels, "dropped": folder.meta["dropped"], "cells": folder.cells, "seed": seed}
@@ -399,7 +388,7 @@ def open_lab(folder, G, split, seed, device):
     lab["z"] = lambda rows: standardised(lab["raw"](rows), *lab["scaling"](rows))
     lab["known"] = lambda places: np.array(folder.raw[:, places], np.float64)[folder.rows("train")]
     lab["images"] = lambda rows: data.scale_images(folder.images(rows), G.image_norm, G.white)
-    lab["paint"] = lambda z: torch.cat([G(torch.tensor(p).float().to(device)).clamp(0, 1).cpu() for p in np.array_split(z, -(-len(z) // 256))])
+    lab["paint"] = lambda z: torch.cat([G(part.to(device)).clamp(0, 1).cpu() for part in torch.tensor(z).float().split(256)])
     lab["look"] = functools.partial(measured, features=folder.features, channels=folder.channels, white=G.white, device=device)
     lab["reference"], some = fit_reference(lab["z"](train)), lab["images"](train[:: -(-len(train) // 32)])
     lab["measurable"] = np.isfinite(lab["look"](some)).any(0)
@@ -426,7 +415,8 @@ def pick_class(lab, name, flag):
     found = next((rows[k == name] for k in kinds if (k == name).any()), ())
     if len(found) < 3:
         known = [f"{k} ({n})" for kind in kinds[:2] for k, n in zip(*np.unique(kind.astype(str), return_counts=True))]
-        raise InputError(f"{flag} {name}: {len(found)} of these {len(rows)} cells, 3 are needed (--split all has most); there are: {', '.join(known)}")
+        raise InputError(f"{flag} {name}: {len(found)} of these {len(rows)} cells, 3 are needed (--split all has most); "
+                         f"there are: {', '.join(known)}")
     return found
 
 
@@ -443,15 +433,16 @@ def pick_cell(lab, key, flag="--cell"):
 def mean_interval(values, seed):
     """Mean of the finite values, its 95 % bootstrap interval, n."""
     values = values[np.isfinite(values)]
-    means = np.random.default_rng(seed).choice(values, (1000, len(values))).mean(1) if len(values) else np.full(1, np.nan)
-    return {"value": values.mean() if len(values) else np.nan, "low": np.percentile(means, 2.5), "high": np.percentile(means, 97.5), "n": len(values)}
+    if not len(values):
+        return {"value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
+    low, high = np.percentile(np.random.default_rng(seed).choice(values, (1000, len(values))).mean(1), [2.5, 97.5])
+    return {"value": values.mean(), "low": low, "high": high, "n": len(values)}
 
 
-def reading(lab, j, value, text="again"):
-    """A measured value as text; (rel.) where the pictures cannot express the measurement in its own unit."""
-    if not lab["measurable"][j]:
-        return "not measurable"
-    return "no nucleus found" if np.isnan(value) else f"{text} {value:.4g}" + " (rel.)" * bool(lab["relative"][j])
+def reading(lab, watch, values):
+    """Values (F,) measured again of the features `watch`, as lines; (rel.) where the pictures cannot express one in its own unit."""
+    said = lambda j: "not measurable" if not lab["measurable"][j] else "no nucleus found" if np.isnan(values[j]) else f"{values[j]:.4g}"
+    return [f"again {lab['features'][j] + ' ' if len(watch) > 1 else ''}{said(j)}{' (rel.)' if lab['relative'][j] else ''}" for j in watch]
 
 
 def empty(stem, title, **about):
@@ -460,20 +451,20 @@ def empty(stem, title, **about):
 
 
 def add_row(lab, figure, name, z, heads, watch=(), real=(None, None), **more):
-    """Draws z (n, F), measures again and holds it against the data: adds a row of pictures and n records to a figure; returns (n, F) measured.
+    """Draws z (n, F), measures again, adds a row of pictures and n records to a figure; returns the measured values (n, F).
 
     heads: n texts; watch: features whose measured values are written; real: rows of the real cells at the two ends; more: columns (n,).
     """
     x = lab["paint"](z)
     got, (percentile, nearest) = lab["look"](x), how_far(lab["reference"], z)
-    labels = [[h, *(reading(lab, j, v[j], "again" if len(watch) == 1 else f"again {lab['features'][j]}") for j in watch), "! " * bool(p > 99) + f"outside pct {p:.3g}"] for h, v, p in zip(heads, got, percentile)]
+    labels = [[h, *reading(lab, watch, v), "! " * bool(p > 99) + f"outside pct {p:.3g}"] for h, v, p in zip(heads, got, percentile)]
     more |= {f"measured {lab['features'][j]}": got[:, j] for j in watch} | {"outside percentile": percentile, "nearest": nearest}
     figure["records"] += [{"row": name, "picture": i, "asked": h} | {k: v[i] for k, v in more.items()} for i, h in enumerate(heads)]
     figure["drawn"].append((name, x, labels))
     for row, before in zip(real, (True, False)):
         if row is not None:
             end = lab["images"](np.array([row]))
-            text = [["real cell", *(reading(lab, j, v) for j, v in zip(watch, lab["look"](end)[0, list(watch)]))]]
+            text = [["real cell", *reading(lab, watch, lab["look"](end)[0])]]
             x, labels = (torch.cat([end, x]), text + labels) if before else (torch.cat([x, end]), labels + text)
     figure["rows"].append((name, x, labels))
     return got
@@ -486,16 +477,17 @@ def sweep(lab, feature, unit, low, high, steps, edit, cell, page):
     groups = [find_features(f, names, lab["dropped"]) for f in feature]
     if len(set(sum(groups, []))) < len(sum(groups, [])):
         raise InputError(f"--feature {' '.join(feature)}: a feature is named twice")
+    others = "held" if held is None else "at their conditional mean"
     figure, asked = empty("sweep_" + ("fig4c" if feature == FIG4C else "_".join(feature)) + "_conditional" * (edit == "conditional"),
-                          f"{info['cell']} ({info['compound']}), all else {'held' if held is None else 'moved to its conditional mean'}. again: measured in "
-                          "the picture; outside: percentile of the distance from the data among training cells", cell=info["cell"], edit=edit), []
+                          f"{info['cell']} ({info['compound']}), other measurements {others}.   again: measured in the picture.   "
+                          "outside: percentile of distance from the training cells", cell=info["cell"], edit=edit), []
 
     def vectors(places, values):  # (n, F) as the generator sees them
         wanted = edited(np.repeat(raw, len(values), 0), places, values, scale, is_angle(names), held)
         far = np.abs(wanted - centre) > model.CLIP * scale * (1 + 1e-9)
         if far.any():
-            print(f"warning: {far.any(1).sum()} of {len(far)} requested vectors go beyond {model.CLIP:.0f} sd, where the generator's input is clipped: "
-                  f"{', '.join(names[j] for j in np.flatnonzero(far.any(0))[:3])}")
+            print(f"warning: {far.any(1).sum()} of {len(far)} requested vectors go beyond {model.CLIP:.0f} sd, where the generator's "
+                  f"input is clipped: {', '.join(names[j] for j in np.flatnonzero(far.any(0))[:3])}")
         return standardised(wanted, centre, scale)
 
     for name, group in zip(feature, groups):
@@ -503,8 +495,9 @@ def sweep(lab, feature, unit, low, high, steps, edit, cell, page):
         kind = unit or ("raw" if one else "sd")
         levels, values = edit_values(lab["known"](group), own[0], scale[0, group], kind, low, high, steps)
         texts = [f"{v[0]:.4g}" if one else f"{k:+.3g} sd" if kind == "sd" else f"pct {k:.3g}" for v, k in zip(values, levels)]
-        add_row(lab, figure, name + f" ({len(group)} features)" * (not one), np.concatenate([vectors(group, own), vectors(group, values)]),
-                [f"own {own[0, 0]:.4g}" if one else "own values", *("asked " + t for t in texts)], group[:one], (row, None), unit=[kind] * (steps + 1),
+        heads = [f"own {own[0, 0]:.4g}" if one else "own values", *("asked " + t for t in texts)]
+        z = vectors(group, np.concatenate([own, values]))
+        add_row(lab, figure, name + f" ({len(group)} features)" * (not one), z, heads, group[:one], (row, None), unit=[kind] * (steps + 1),
                 level=[np.nan, *levels], requested=[*own[0], *values[:, 0]] if one else np.full(steps + 1, np.nan))
         asked.append((values, texts))
     if page:  # every combination of the sliders
@@ -519,26 +512,28 @@ def sweep(lab, feature, unit, low, high, steps, edit, cell, page):
 
 
 def moa(lab, target, start, path, block):
-    """Fig 5a: from the representative cell of `start` to that of each target; under each picture the cosine of its CP vector to the target's,
-    and the same of what is measured in the picture and in the real target cell."""
+    """Fig 5a: from the representative cell of `start` to that of each target; under each picture the cosine of its CP vector to the
+    target's, and the same of what is measured in the picture and in the real target cell."""
     common = lab["cells"]["moa"].iloc[lab["rows"]].value_counts().drop([start, "DMSO", "unknown", ""], errors="ignore").index
-    figure = empty(f"moa_{path}", f"From {start} to a mechanism ({path}). cos: to the target's CP vector; again: measured, to the real target", block=block)
+    figure = empty(f"moa_{path}", f"From {start} to a mechanism, {path}.  cos: to the target's CP vector.  again: as measured", block=block)
     pick = lambda name, flag: (rows := pick_class(lab, name, flag))[representative(lab["z"](rows))[0]]
     for name in target or common[:3]:
         ends = [pick(start, "--start"), pick(name, "--target")]
         a, b = lab["z"](ends)
-        z = replaced(a, b, block) if path == "blocks" else line(a, b, len(replaced(a, b, block)))
+        z = replaced(a, b, block)[1]
+        z = z if path == "blocks" else line(a, b, len(z))
         centre, scale = lab["scaling"](ends[1:])
-        seen = (np.concatenate([lab["look"](lab["paint"](z)), lab["look"](lab["images"](ends[1:]))]) - centre) / np.where(lab["relative"], np.nan, scale)
+        seen = lab["look"](torch.cat([lab["paint"](z), lab["images"](ends[1:])]))
+        seen = (seen - centre) / np.where(lab["relative"], np.nan, scale)
         near, again = cosine(z, b), cosine(seen[:-1], seen[-1])
-        add_row(lab, figure, f"{name}: {' to '.join(lab['cells']['cell'].iloc[ends])}", z, [f"cos {n:.3f}, again {m:.2f}" for n, m in zip(near, again)],
-                (), ends, cosine=near, **{"cosine measured again": again})
+        add_row(lab, figure, f"{name}: {' to '.join(lab['cells']['cell'].iloc[ends])}", z,
+                [f"cos {n:.3f}, again {m:.2f}" for n, m in zip(near, again)], (), ends, cosine=near, **{"cosine measured again": again})
     return figure
 
 
 def dose(lab, compound, start, steps):
-    """Fig 5b, c: principal axes and silhouettes of the CP vectors of `start` and of a compound's concentrations of 3 cells or more; real cells of
-    each; cells generated on the line from the mean of `start` to that of the highest concentration, in the full space."""
+    """Fig 5b, c: principal axes and silhouettes of the CP vectors of `start` and of a compound's concentrations of 3 cells or more; real
+    cells of each; cells generated on the line from the mean of `start` to that of the highest concentration, in the full space."""
     cells, seed = lab["cells"].iloc[lab["rows"]], lab["seed"]
     pick_class(lab, compound, "--compound")
     counts = cells["concentration"][cells["compound"] == compound].value_counts()
@@ -551,11 +546,14 @@ def dose(lab, compound, start, steps):
     (mean, axes), way, points = principal_axes(every), means[-1] - means[0], line(means[0], means[-1], steps)
     plane, figure = (every - mean) @ axes.T, empty(f"dose_{compound}", f"From {start} to {names[-1]} uM", n=len(every))
     real = lab["images"]([groups[name][representative(v)[0]] for name, v in z.items()])
-    figure["rows"].append(("real cells, each the nearest to its mean", real, [[name, f"on the line at {(m - means[0]) @ way / (way @ way):.2f}"] for name, m in zip(names, means)]))
+    said = [[name, f"mean on the line at {(m - means[0]) @ way / (way @ way):.2f}"] for name, m in zip(names, means)]
+    figure["rows"].append(("real cells, each the nearest to its mean", real, said))
     add_row(lab, figure, "generated on the line between the means", points, [f"at {t:.2f}" for t in np.linspace(0, 1, steps)],
             **{f"PC {k + 1}": (points - mean) @ axes[k] for k in range(2)})
     for space, s in (("all measurements", silhouettes(every, label)), ("the plane", silhouettes(plane, label))):
-        figure["records"] += [{"row": f"silhouette in {space}", "asked": name} | mean_interval(s[(label == name) | (name == "all")], seed) for name in ["all", *names]]
+        for name in ["all", *names]:
+            of = s if name == "all" else s[label == name]
+            figure["records"].append({"row": f"silhouette in {space}", "asked": name} | mean_interval(of, seed))
 
     def draw(ax):
         for name in names:
@@ -577,8 +575,8 @@ def walk(lab, cells, steps):
 
 
 def algebra(lab, feature, terms, repeats):
-    """CytoGAN's arithmetic on CP vectors: mean of `terms` cells with a high value - mean of as many with a low one + mean of others, measured
-    again. High and low: the top and bottom tenth of the lab's cells; others: the middle fifth."""
+    """CytoGAN's arithmetic on CP vectors: mean of `terms` cells with a high value - mean of as many with a low one + mean of others,
+    measured again. High and low: the top and bottom tenth of the lab's cells; others: the middle fifth."""
     (j, *more), rows, random = find_features(feature, lab["features"], lab["dropped"]), lab["rows"], np.random.default_rng(lab["seed"])
     ranked, tenth = rows[np.argsort(lab["raw"](rows)[:, j], kind="stable")], len(rows) // 10
     if more or terms > tenth:
@@ -586,28 +584,31 @@ def algebra(lab, feature, terms, repeats):
                          f"--terms {terms}: too few cells, the top tenth of these {len(rows)} has {tenth}")
     figure, moves = empty(f"algebra_{feature}", f"high - low + other: {feature}", n=repeats, terms=terms), []
     for k in range(repeats):
-        high, low, other = (lab["z"](random.choice(part, terms, False)).mean(0) for part in (ranked[-tenth:], ranked[:tenth], ranked[4 * tenth:6 * tenth]))
+        parts = ranked[-tenth:], ranked[:tenth], ranked[4 * tenth:6 * tenth]
+        high, low, other = (lab["z"](random.choice(part, terms, False)).mean(0) for part in parts)
         z, (centre, scale) = np.stack([high, low, other, high - low + other]), lab["scaling"](ranked[:1])
         asked = z[:, j] * scale[0, j] + centre[0, j]
-        got = add_row(lab, figure, f"draw {k + 1}", z, [f"{t} {v:.4g}" for t, v in zip(("high", "low", "other", "result"), asked)], [j], requested=asked)[:, j]
+        heads = [f"{t} {v:.4g}" for t, v in zip(("high", "low", "other", "result"), asked)]
+        got = add_row(lab, figure, f"draw {k + 1}", z, heads, [j], requested=asked)[:, j]
         moves.append((got[3] - got[2]) / (asked[0] - asked[1]) if asked[0] > asked[1] else np.nan)
     figure["records"].append({"row": "realised / requested move", "asked": feature} | mean_interval(np.array(moves), lab["seed"]))
     return figure | {"rows": figure["rows"][:5]}
 
 
 def steer(lab, feature, n, edit):
-    """controllability of the generator for every feature or those of `feature`, in n cells, beside the noise ceiling: r of real cells measured again."""
-    names, rows, some = lab["features"], pick_some(lab["rows"], n, n, lab["seed"]), pick_some(lab["rows"], None, 200, lab["seed"])
+    """controllability of the generator for every feature or those of `feature`; noise ceiling: r of real cells measured again."""
+    names, seed, look, begun, records = lab["features"], lab["seed"], lab["look"], time.time(), []
     places = list(dict.fromkeys(j for f in feature or ["*"] for j in find_features(f, names, lab["dropped"])))
-    raw, (centre, scale), begun, records = lab["raw"](rows), lab["scaling"](rows), time.time(), []
-    seen, table, see = lab["look"](lab["images"](some)), lab["raw"](some), lambda r: standardised(r, centre, scale)
-    for j, record in zip(places, controllability(raw, scale, names, places, lambda r: lab["paint"](see(r)), lab["look"], lambda r: how_far(lab["reference"], see(r))[0],
-                                                 covariance=lab["reference"]["covariance"] if edit == "conditional" else None, relative=lab["relative"], seed=lab["seed"])):
-        both = np.isfinite(seen[:, j]) & (record["status"] == "measured")
-        records.append(record | {"ceiling r": np.corrcoef(seen[both, j], table[both, j])[0, 1] if both.sum() > 2 and np.ptp(seen[both, j]) else np.nan, "ceiling n": int(both.sum())})
+    rows, some = pick_some(lab["rows"], n, n, seed), pick_some(lab["rows"], None, 200, seed)
+    (centre, scale), seen, table = lab["scaling"](rows), look(lab["images"](some)), lab["raw"](some)
+    z, held = lambda raw: standardised(raw, centre, scale), lab["reference"]["covariance"] if edit == "conditional" else None
+    for record in controllability(lab["raw"](rows), scale, names, places, lambda raw: lab["paint"](z(raw)), look,
+                                  lambda raw: how_far(lab["reference"], z(raw))[0], covariance=held, relative=lab["relative"], seed=seed):
+        pair = pd.DataFrame({"seen": seen[:, j := places[len(records)]], "table": table[:, j]}).dropna()
+        records.append(record | {"ceiling r": pair.corr().iloc[0, 1] if record["status"] == "measured" else np.nan, "ceiling n": len(pair)})
         if len(records) % 20 == 0 or len(records) == len(places):
             print(f"feature {len(records):4d}/{len(places)} | {6 * n * len(records) / (time.time() - begun):.0f} pictures/s", flush=True)
-    figure = empty("controllability" + "_conditional" * (edit == "conditional"), f"controllability, {edit}", n=n, edit=edit)
+    figure = empty("controllability" + "_conditional" * (edit == "conditional"), f"controllability, others {edit}", n=n, edit=edit)
     return figure | {"records": records, "chart": ((11, 2 + 0.16 * min(60, len(records))), lambda ax: rank_chart(ax, records, len(names)))}
 
 
@@ -616,7 +617,8 @@ def couple(lab, n, repeats):
     rows, channels = pick_some(lab["rows"], n, 500, lab["seed"]), lab["channels"]
     records = coupling(lab["z"](rows), lab["images"](rows), feature_groups(lab["features"], channels), lab["paint"], lab["seed"], repeats)
     records = [r | {"channel": channels[r["channel"]]} for r in records]
-    return empty("coupling", "coupling", n=len(rows), repeats=repeats) | {"records": records, "chart": ((7, 7), lambda ax: table_chart(ax, records, channels))}
+    figure = empty("coupling", "coupling", n=len(rows), repeats=repeats)
+    return figure | {"records": records, "chart": ((7, 7), lambda ax: table_chart(ax, records, channels))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -626,58 +628,61 @@ def couple(lab, n, repeats):
 def write_figure(out, figure, about, gif, page):
     """PNG (strip, chart), JSON and CSV of a figure, on request GIF and page; returns their path without suffix."""
     out.mkdir(parents=True, exist_ok=True)
-    path, named = out / re.sub(r"[^\w+-]+", "_", figure["stem"])[:120], ("split", "seed", "extractor")
-    if figure["rows"]:
-        write(path.with_suffix(".png"), lambda p: strip(figure["rows"], figure["title"]).save(p, format="PNG"))
+    path, rows = out / re.sub(r"[^\w+-]+", "_", figure["stem"])[:120], figure["rows"]
+    if rows:
+        write(path.with_suffix(".png"), lambda p: strip(rows, figure["title"]).save(p, format="PNG"))
     if "chart" in figure:
-        chart(out / (path.name + "_chart" * bool(figure["rows"]) + ".png"), *figure["chart"])
+        chart(out / (path.name + "_chart" * bool(rows) + ".png"), *figure["chart"])
     plain = lambda v: v if not isinstance(v, float) else float(f"{v:.6g}") if np.isfinite(v) else None
     records = [{"n": about["n"]} | {k: plain(v) for k, v in r.items()} for r in figure["records"]]
+    table = pd.DataFrame(records).assign(split=about["split"], seed=about["seed"], extractor=EXTRACTOR)
     write(path.with_suffix(".json"), lambda p: p.write_text(json.dumps({"about": about, "records": records}, indent=1) + "\n"))
-    write(path.with_suffix(".csv"), lambda p: p.write_text(pd.DataFrame(records).assign(**{k: about[k] for k in named}).to_csv(index=False)))
+    write(path.with_suffix(".csv"), lambda p: p.write_text(table.to_csv(index=False)))
+    names, x, said = zip(*figure["drawn"]) if figure["drawn"] else ((), (), ())
     if gif:
-        rows, last = figure["drawn"], max(len(x) for _, x, _ in figure["drawn"]) - 1
-        frames = [strip([(name, x[[min(i, len(x) - 1)]], [t[min(i, len(x) - 1)]]) for name, x, t in rows], "", 4) for i in [*range(last + 1), *range(last - 1, 0, -1)]]
-        write(path.with_suffix(".gif"), lambda p: frames[0].save(p, format="GIF", save_all=True, append_images=frames[1:], duration=300, loop=0))
+        there = list(range(max(map(len, x))))  # and back
+        frames = [strip([(n, p[i:][:1], t[i:][:1]) for n, p, t in figure["drawn"] if i < len(p)], "", 4) for i in there + there[-2:0:-1]]
+        write(path.with_suffix(".gif"), lambda p: frames[0].save(p, "GIF", save_all=True, append_images=frames[1:], duration=300, loop=0))
     if page:
-        names, x, said = zip(*figure["drawn"])
-        plain = [("row", names, 0), ("picture", list(range(1, len(x[0]) + 1)), 0)], torch.cat(x), sum(said, [])
-        write_page(Path(page), figure["title"], f"{about['checkpoint']}, step {about['step']}; {about['split']} cells of {about['data']}", *figure.get("page", plain), about["channels"])
+        shown = figure.get("page") or ([("row", names, 0), ("picture", list(range(1, len(x[0]) + 1)), 0)], torch.cat(x), sum(said, []))
+        source = f"{about['checkpoint']}, step {about['step']}; {about['split']} cells of {about['data']}"
+        write_page(Path(page), figure["title"], source, *shown, about["channels"])
     return path
 
 
+def flag(default, help, **more):
+    return {"default": default, "type": type(default), "help": f"{help} (default {default})"} | more
+
+
+NAMES, REAL = {"nargs": "+", "metavar": "NAME"}, {"type": float}
+EDIT = flag("hold", "the other measurements: held, or moved to their conditional mean", choices=["hold", "conditional"])
+START = flag("DMSO", "where it begins: mechanism, compound or treatment", metavar="NAME")
 FLAGS = {  # of each command, after its function and what it does
     "sweep": (sweep, "features or groups of one cell from low to high (Fig 4c)", {
-        "--feature": dict(nargs="+", metavar="NAME", help="CellProfiler names, or groups moved together, 'Nuclei_Texture_*': a row and a slider each"),
-        "--fig4c": dict(action="store_const", const=FIG4C, dest="feature", help="the paper's four rows"),
-        "--unit": dict(choices=["raw", "percentile", "sd"], help="of --low, --high: CellProfiler's, percentile of training cells, sd from its own (raw; groups: sd)"),
-        "--low": dict(type=float, help="first value (default: 1st percentile of the training cells, or -3 sd)"),
-        "--high": dict(type=float, help="last value (default: 99th percentile of the training cells, or 3 sd)"),
-        "--steps": dict(type=int, default=7, help="pictures in a row (default 7)"), "--edit": 0,
-        "--cell": dict(metavar="KEY", help="the cell to edit, by its name in cells.csv (default: the one closest to the mean of the split)")}),
+        "feature": NAMES | {"help": "CellProfiler names, or groups moved together, 'Nuclei_Texture_*': a row and a slider each"},
+        "unit": {"choices": ["raw", "percentile", "sd"], "help": "of low and high: CellProfiler's (default), percentiles of training "
+                 "cells, or sd from the cell's own value (default for groups)"},
+        "low": REAL | {"help": "first value (default: 1st percentile of the training cells, or -3 sd)"},
+        "high": REAL | {"help": "last value (default: 99th percentile of the training cells, or 3 sd)"},
+        "steps": flag(7, "pictures in a row"), "edit": EDIT,
+        "cell": {"metavar": "KEY", "help": "the cell, by its name in cells.csv (default: the one closest to the mean of the split)"}}),
     "moa": (moa, "from DMSO to a mechanism, 50 measurements a step (Fig 5a)", {
-        "--target": dict(nargs="+", metavar="NAME", help="mechanisms, compounds or treatments ('taxol 0.3') (default: the three commonest mechanisms)"),
-        "--start": dict(default="DMSO", metavar="NAME", help="where it begins (default DMSO)"),
-        "--path": dict(default="blocks", choices=["blocks", "linear"], help="most different measurements first (default, the paper) or a straight line"),
-        "--block": dict(type=int, default=BLOCK, help=f"measurements replaced a step (default {BLOCK})")}),
+        "target": NAMES | {"help": "mechanisms, compounds or treatments, 'taxol 0.3' (default: the three commonest mechanisms)"},
+        "start": START,
+        "path": flag("blocks", "the most different measurements first (the paper), or a straight line", choices=["blocks", "linear"]),
+        "block": flag(BLOCK, "measurements replaced a step")}),
     "dose": (dose, "DMSO and the concentrations of a compound (Fig 5b, c)", {
-        "--compound": dict(default="latrunculin B", metavar="NAME", help="default latrunculin B"),
-        "--start": dict(default="DMSO", metavar="NAME", help="where the line begins (default DMSO)"),
-        "--steps": dict(type=int, default=5, help="pictures on the line (default 5)")}),
+        "compound": flag("latrunculin B", "as in cells.csv"), "start": START, "steps": flag(5, "pictures on the line")}),
     "walk": (walk, "a straight line between two cells", {
-        "--cells": dict(nargs=2, required=True, metavar="KEY", help="two names in cells.csv"),
-        "--steps": dict(type=int, default=9, help="pictures (default 9)")}),
+        "cells": {"nargs": 2, "required": True, "metavar": "KEY", "help": "two names in cells.csv"}, "steps": flag(9, "pictures")}),
     "algebra": (algebra, "high - low + other on CP vectors, measured again (CytoGAN)", {
-        "--feature": dict(default=FIG4C[0], metavar="NAME", help=f"default {FIG4C[0]}"),
-        "--terms": dict(type=int, default=3, help="cells averaged in each term (default 3)"),
-        "--repeats": dict(type=int, default=20, help="draws of cells (default 20)")}),
+        "feature": flag(FIG4C[0], "what is high and low"), "terms": flag(3, "cells averaged in each term"),
+        "repeats": flag(20, "draws of cells")}),
     "controllability": (steer, "for each feature: asked -3..3 sd against measured again", {
-        "--feature": dict(nargs="+", metavar="NAME", help="names or patterns (default: every feature; 6 n pictures each)"),
-        "--n": dict(type=int, default=16, help="cells (default 16)"), "--edit": 0}),
+        "feature": NAMES | {"help": "names or patterns (default: every feature; 6 n pictures each)"},
+        "n": flag(16, "cells"), "edit": EDIT}),
     "coupling": (couple, "which groups of measurements each channel depends on", {
-        "--n": dict(type=int, help="cells (default 500, or all where there are fewer)"),
-        "--repeats": dict(type=int, default=3, help="permutations of each group (default 3)")})}
-EDIT = dict(default="hold", choices=["hold", "conditional"], help="the other measurements: held (default), or moved to their conditional mean")
+        "n": {"type": int, "help": "cells (default 500, or all where there are fewer)"}, "repeats": flag(3, "permutations of each group")})}
 
 
 def parse(argv):
@@ -687,8 +692,8 @@ def parse(argv):
         add = (command := commands.add_parser(name, help=what, description=function.__doc__)).add_argument
         add("--data", required=True, metavar="DIR", help="prepared folder (prepare_bbbc021.py --out)")
         add("--run", required=True, metavar="RUN", help="a run's folder (its last.pt is used) or a checkpoint file, RUN/best.pt")
-        for flag, options in flags.items():
-            add(flag, **(options or EDIT))
+        for key, options in flags.items():
+            add(f"--{key}", **options)
         add("--split", default="test", choices=["train", "val", "test", "all"], help="the cells that are looked at (default test)")
         add("--out", metavar="DIR", help="where the results go (default RUN/interpolate)")
         add("--seed", type=int, default=0, help="of every draw of cells and every bootstrap (default 0)")
@@ -696,7 +701,9 @@ def parse(argv):
         if name not in ("controllability", "coupling"):
             add("--gif", action="store_true", help="also a moving picture")
             add("--html", dest="page", metavar="FILE", help="also one self-contained page with sliders")
-        command.set_defaults(function=function, wants=[flag[2:] for flag in flags if flag != "--fig4c"] + ["page"] * (name == "sweep"))
+        if name == "sweep":
+            add("--fig4c", action="store_const", const=FIG4C, dest="feature", help="the paper's four rows")
+        command.set_defaults(function=function, wants=[*flags, "page"] if name == "sweep" else list(flags))
     args = parser.parse_args(argv)
     if args.command == "sweep" and not args.feature:
         parser.error("sweep needs --feature NAME, or --fig4c")
@@ -713,17 +720,19 @@ def main(argv=None):
     folder, run = data.open_folder(args["data"]), Path(args["run"])
     G = model.load(checkpoint := run / "last.pt" if run.is_dir() else run, device)
     if G.features != folder.features or G.identity != folder.identity():
-        raise InputError(f"{checkpoint}: was trained on another prepared folder than {folder.path} (other features or checksums); give the --data of that run")
+        raise InputError(f"{checkpoint}: was trained on another prepared folder than {folder.path} (other features or checksums); "
+                         "give the --data of that run")
     lab = open_lab(folder, G, args["split"], args["seed"], device)
     figure = args["function"](lab, **{name: args[name] for name in args["wants"]})
-    about = {"command": args["command"], "data": str(folder.path), "checkpoint": str(checkpoint), "step": G.step, "split": args["split"], "seed": args["seed"],
-             "images": G.image_norm, "channels": folder.channels, "extractor": EXTRACTOR, "training cells": len(lab["reference"]["z"]),
-             "Ledoit-Wolf shrinkage": round(lab["reference"]["shrinkage"], 6)} | figure["about"]
+    reference = lab["reference"]
+    about = {"command": args["command"], "data": str(folder.path), "checkpoint": str(checkpoint), "step": G.step, "split": args["split"],
+             "seed": args["seed"], "images": G.image_norm, "channels": folder.channels, "extractor": EXTRACTOR,
+             "training cells": len(reference["z"]), "Ledoit-Wolf shrinkage": round(reference["shrinkage"], 6)} | figure["about"]
     path = write_figure(Path(args["out"] or checkpoint.parent / "interpolate"), figure, about, args.get("gif"), args.get("page"))
     far = [r["outside percentile"] for r in figure["records"] if "outside percentile" in r]
     if any(p > 99 for p in far):
-        print(f"warning: {sum(p > 99 for p in far)} of {len(far)} pictures lie outside the data, farther than 99 % of the training cells (Mahalanobis), "
-              f"the farthest at percentile {max(far):.4g}: these are extrapolations")
+        print(f"warning: {sum(p > 99 for p in far)} of {len(far)} pictures lie outside the data, farther than 99 % of the training cells "
+              f"(Mahalanobis), the farthest at percentile {max(far):.4g}: these are extrapolations")
     print(f"{figure['title']}\nwritten: {path}.png, .json, .csv")
 
 

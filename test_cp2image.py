@@ -1099,7 +1099,7 @@ def test_golden_figures(monkeypatch):
     from figure_inputs import inputs
     x, golden = inputs(), json.loads((SHARED / "fixtures/metrics/figure_golden.json").read_text())
     a, b = x["interpolation"]
-    order, path = interpolate.replacement_order(a, b), interpolate.replaced(a, b)
+    order, path = interpolate.replaced(a, b)
     assert order[:10].tolist() == golden["interpolation"]["first_ten_dims"] and order[-3:].tolist() == golden["interpolation"]["last_three_dims"]
     assert len(path) - 1 == golden["interpolation"]["n_steps"]
     assert interpolate.cosine(path, b) == pytest.approx(golden["interpolation"]["cosine"], abs=1e-9)
@@ -1141,10 +1141,10 @@ def test_ledoit_wolf_is_the_published_estimator():
 def test_distance_from_the_data():
     """New cells of the same kind fall on even percentiles, far ones on 100; without leaving each cell out they would not."""
     random = np.random.default_rng(0)
-    mix = random.normal(size=(30, 30))
-    reference = interpolate.fit_reference(random.normal(size=(120, 30)) @ mix)
+    mix = random.normal(size=(30, 30)) ** 3
+    reference = interpolate.fit_reference(random.normal(size=(60, 30)) @ mix)
     percentile, nearest = interpolate.how_far(reference, random.normal(size=(400, 30)) @ mix)
-    assert np.median(percentile) == pytest.approx(50, abs=12)  # in-sample distances give 90 and more
+    assert np.median(percentile) == pytest.approx(50, abs=15)  # four seeds: 46-57; in-sample distances give 84-97
     assert np.median(nearest) == pytest.approx(1, abs=0.15)
     percentile, nearest = interpolate.how_far(reference, 8 * random.normal(size=(20, 30)) @ mix)
     assert (percentile == 100).all() and nearest.min() > 2
