@@ -244,11 +244,11 @@ def load_metric(path, device="cpu"):
     return D.to(device).eval().requires_grad_(False)
 
 
-def standardise_table(G, table):
-    """The rows of a table of CellProfiler measurements -> (N, F) float32 on G's device, standardised as G was trained.
+def table_values(G, table):
+    """A table of CellProfiler measurements -> raw (N, F), and the centre and scale ((F,) or (N, F)) that G standardises them by; float64.
 
-    A missing column raises an InputError that names it; ignored columns, missing values and clipped values are counted in a warning.
-    With G.normalise "plate-dmso" the table needs columns `plate` and `compound`, and each plate its own rows of compound DMSO.
+    A missing column raises an InputError that names it. With G.normalise "plate-dmso" the table needs columns `plate` and `compound`, and
+    each plate its own rows of compound DMSO.
     """
     columns = list(table.columns)
     absent = [name for name in G.features if name not in set(columns)]
@@ -273,7 +273,13 @@ def standardise_table(G, table):
             mean, sd = plate_moments(raw[dmso])
             rows = torch.tensor([p == plate for p in plates], device=raw.device)
             centre[rows], scale[rows] = mean, torch.where(sd > 0, sd, G.scale)  # no spread on this plate: the training cells' spread
-    z = standardise(raw, centre, scale)
+    return raw, centre, scale
+
+
+def standardise_table(G, table):
+    """The rows of a table (see table_values) -> (N, F) float32 on G's device, as G was trained; what was ignored, missing or clipped is warned of."""
+    raw, centre, scale = table_values(G, table)
+    z, columns = standardise(raw, centre, scale), list(table.columns)
     named = set(G.features) | {"plate", "compound"}
     extra, missing, clipped = [c for c in columns if c not in named], int(raw.isnan().sum()), int((z.abs() >= CLIP).sum())
     said = [f"{len(extra)} columns ignored ({', '.join(map(str, extra[:3]))}{', ...' if len(extra) > 3 else ''})"] if extra else []

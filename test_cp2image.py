@@ -1659,30 +1659,6 @@ def test_claims_are_judged():
     assert [seen for _, seen, _ in evaluate.claims(table.assign(r=1 - table["r"]))] == [True, False, False, False]
 
 
-def test_sweep(folder_path, run_path, tmp_path, capsys):
-    base = ["sweep", "--data", str(folder_path), "--run", str(run_path), "--out", str(tmp_path)]
-    interpolate.main([*base, "--feature", "Nuclei_AreaShape_Area", "--steps", "5"])
-    report = json.loads((tmp_path / "sweep_Nuclei_AreaShape_Area.json").read_text())
-    folder, G = data.open_folder(folder_path), model.load(run_path / "last.pt")
-    column = np.array(folder.raw[folder.rows("train"), 0], np.float64)
-    assert report["values"][0] == pytest.approx(np.quantile(column, 0.01)) and report["values"][-1] == pytest.approx(np.quantile(column, 0.99))
-    assert report["percentile of training cells"] == sorted(report["percentile of training cells"])
-    assert (tmp_path / "sweep_Nuclei_AreaShape_Area.png").stat().st_size > 1000
-    cell = int(np.flatnonzero(folder.cells["cell"] == report["cell"])[0])
-    own = float(folder.raw[cell, 0])
-    x = interpolate.sweep(G, folder, cell, 0, [own, own + 300])
-    assert torch.allclose(x[0], G(model.standardise(*folder.measurements([cell]))).clamp(0, 1)[0], atol=1e-5)  # its own value changes nothing
-    assert (x[0] - x[1]).abs().max() > 1e-3
-    z = model.standardise(*folder.measurements(folder.rows("test")))
-    assert torch.equal(z[(z - z.mean(0)).norm(dim=1).argmin()], model.standardise(*folder.measurements([cell]))[0])  # the typical cell
-    capsys.readouterr()
-    interpolate.main([*base, "--feature", "Nuclei_AreaShape_Area", "--high", "9000", "--cell", report["cell"]])
-    assert "lie outside the training cells' range" in capsys.readouterr().out
-    for argv, message in [(["--feature", "Nuclei_AreaShape_Aera"], "nearest: Nuclei_AreaShape_Area"), (["--feature", "Nuclei_AreaShape_Area", "--cell", "x"], "--cell x: not in")]:
-        with pytest.raises(data.InputError, match=message):
-            interpolate.main([*base, *argv])
-
-
 @needs_cells
 def test_real_cells_are_prepared(tmp_path, capsys):
     """A hundred real crops with their real CellProfiler table."""
@@ -1696,6 +1672,237 @@ def test_real_cells_are_prepared(tmp_path, capsys):
     assert np.allclose(table[folder.features], folder.raw, rtol=1e-6, equal_nan=True) or folder.meta["imputed"]
     first = np.load(next((tmp_path / "crops").rglob(folder.cells["cell"][0])))
     assert (folder.patches[0] == first.transpose(2, 0, 1)[[0, 2, 1]]).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Edits: what they ask for, how far they leave the data, what the picture achieves
+
+
+def edit_call(command, folder_path, run_path, out, *more):
+    interpolate.main([command, "--data", str(folder_path), "--run", str(run_path), "--out", str(out), "--device", "cpu", *more])
+    return {path.suffix[1:]: path for path in Path(out).glob(f"{command}*")}
+
+
+@needs_shared
+def test_golden_figures(monkeypatch):
+    """Fig 5a's order and cosines, the representative cell and Fig 5b's line, as the golden file has them; 1e-9: float64 on both sides."""
+    for part in ("fid", "metrics"):
+        monkeypatch.syspath_prepend(SHARED / "fixtures" / part)
+    from figure_inputs import inputs
+    x, golden = inputs(), json.loads((SHARED / "fixtures/metrics/figure_golden.json").read_text())
+    a, b = x["interpolation"]
+    order, path = interpolate.replaced(a, b)
+    assert order[:10].tolist() == golden["interpolation"]["first_ten_dims"] and order[-3:].tolist() == golden["interpolation"]["last_three_dims"]
+    assert len(path) - 1 == golden["interpolation"]["n_steps"]
+    assert interpolate.cosine(path, b) == pytest.approx(golden["interpolation"]["cosine"], abs=1e-9)
+    assert interpolate.representative(x["representative_cell"]) == pytest.approx(tuple(golden["representative_cell"].values()), abs=1e-9)
+    mean, axes = interpolate.principal_axes(np.concatenate(x["pca_line"]))
+    points = interpolate.line(x["pca_line"][0].mean(0), x["pca_line"][2].mean(0), 5)
+    assert (points - mean) @ axes.T == pytest.approx(np.array(golden["pca_line"]["points"]), abs=1e-9)
+
+
+def test_edits_hold_or_follow():
+    """Held: one column changes. Conditional: the others follow the covariance, a cell's own value changes nothing; directions wrap."""
+    random = np.random.default_rng(0)
+    a = random.normal(size=5000)
+    z = np.stack([a, 0.8 * a + 0.6 * random.normal(size=5000), random.normal(size=5000)], 1)
+    covariance, shrinkage = interpolate.ledoit_wolf(z)
+    assert shrinkage < 0.01 and interpolate.ledoit_wolf(random.normal(size=(10, 40)))[1] > 0.5  # much data, no shrinking; little, much
+    raw, scale, angle = np.array([[10.0, 20.0, 30.0]]), np.array([2.0, 5.0, 1.0]), np.zeros(3, bool)
+    assert interpolate.edited(raw, [0], np.array([[12.0]]), scale, angle).tolist() == [[12, 20, 30]]
+    follow = interpolate.edited(raw, [0], np.array([[12.0]]), scale, angle, covariance)
+    assert follow[0] == pytest.approx([12, 20 + 0.8 * 5, 30], abs=0.2)  # 0.04 sd: three standard errors at n = 5000
+    assert interpolate.edited(raw, [0], raw[:, :1], scale, angle, covariance) == pytest.approx(raw)
+    both = interpolate.edited(raw, [0, 2], np.array([[12.0, 31.0]]), scale, angle, covariance)
+    assert both[0, [0, 2]].tolist() == [12, 31] and both[0, 1] == pytest.approx(24, abs=0.3)
+    assert interpolate.edited(raw, [2], np.array([[100.0]]), scale, angle | [False, False, True])[0, 2] == -80
+
+
+def test_ledoit_wolf_is_the_published_estimator():
+    """Against the sums of Ledoit and Wolf 2004 written out cell by cell."""
+    z = np.random.default_rng(1).normal(size=(30, 6)) * [1, 2, 3, 1, 1, 1]
+    x = z - z.mean(0)
+    s = x.T @ x / 30
+    m = np.trace(s) / 6
+    d2 = ((s - m * np.eye(6)) ** 2).sum()
+    b2 = min(sum(((np.outer(r, r) - s) ** 2).sum() for r in x) / 30 ** 2, d2)
+    covariance, shrinkage = interpolate.ledoit_wolf(z)
+    assert shrinkage == pytest.approx(b2 / d2) and covariance == pytest.approx(b2 / d2 * m * np.eye(6) + (1 - b2 / d2) * s)
+
+
+def test_distance_from_the_data():
+    """New cells of the same kind fall on even percentiles, far ones on 100; without leaving each cell out they would not."""
+    random = np.random.default_rng(0)
+    mix = random.normal(size=(30, 30)) ** 3
+    reference = interpolate.fit_reference(random.normal(size=(60, 30)) @ mix)
+    percentile, nearest = interpolate.how_far(reference, random.normal(size=(400, 30)) @ mix)
+    assert np.median(percentile) == pytest.approx(50, abs=15)  # four seeds: 46-57; in-sample distances give 84-97
+    assert np.median(nearest) == pytest.approx(1, abs=0.15)
+    percentile, nearest = interpolate.how_far(reference, 8 * random.normal(size=(20, 30)) @ mix)
+    assert (percentile == 100).all() and nearest.min() > 2
+    percentile, nearest = interpolate.how_far(reference, reference["mean"][None])
+    assert percentile[0] == 0
+    with pytest.raises(data.InputError, match="5 training cells: too few"):
+        interpolate.fit_reference(np.zeros((5, 3)))
+
+
+def test_silhouettes_by_hand():
+    z = np.array([[0.0], [1], [10], [12]])
+    assert interpolate.silhouettes(z, np.array(list("aabb"))) == pytest.approx([1 - 1 / 11, 1 - 1 / 10, 1 - 2 / 9.5, 1 - 2 / 11.5])
+    mixed = interpolate.silhouettes(np.random.default_rng(0).normal(size=(200, 5)), np.arange(200) % 2)
+    assert abs(mixed.mean()) < 0.05  # one cloud is no two groups
+
+
+def renderer(table, seed=0):
+    """The simulator as a generator of the edited columns: draw(raw (n, F)) -> pictures in CellProfiler's 0..1."""
+    def draw(raw):
+        return torch.from_numpy(prepare.render(pd.DataFrame(raw, columns=table.columns), seed))
+    return draw
+
+
+def test_controllability_of_the_renderer():
+    """The renderer obeys: slope 1 +- 0.1 for each of its parameters (an sd: over 0.5), 0 +- 0.05 of everything for a noise column; a deaf one has slope 0.
+
+    Intensities are measured in the true masks: the renderer's mean is that of pixels more than half covered, and `segment` also takes in the
+    soft rim, where the same change is 15-25 % smaller.
+    """
+    row = one_cell(Nuclei_AreaShape_Eccentricity=0.75, Cells_AreaShape_Eccentricity=0.7, Cytoplasm_AreaShape_Area=1200)  # all of it in the patch
+    table = pd.concat([row.assign(Nuclei_AreaShape_Area=a, Nuclei_AreaShape_Orientation=t, Cells_AreaShape_Orientation=t) for a, t in ((750, 20), (850, -30), (950, 70))])
+    table["Nuclei_Noise_0"] = 0.0
+    features = list(table.columns)
+    raw, scale, draw = table.to_numpy(), np.tile([90, 0.05, 15, 0.015, 0.004, 150, 0.05, 15, 0.012, 0.004, 0.01, 0.003, 1], (3, 1)), renderer(table)
+    flat = renderer(table)(table.assign(**{name: 0.0 for name in features if "_Std" in name}).to_numpy()).numpy()
+    level = [0.5 * table[name].iloc[0] + prepare.BACKGROUND[k] for k, name in enumerate(("Nuclei_Intensity_MeanIntensity_DAPI", "Cytoplasm_Intensity_MeanIntensity_Tubulin"))]
+    true = ((flat[:, 0] > level[0]) + 2 * (flat[:, 1] > level[1])).astype(np.uint8)  # bits of nucleus and cell
+
+    def in_true_masks(x):
+        names, values = measure(x.numpy(), true | 2 * (true & 1))
+        return np.stack([values[:, names.index(n)] if n in names else np.full(len(x), np.nan) for n in features], 1)
+
+    own = lambda x: interpolate.measured(x, features, data.CHANNELS)
+    run = lambda names, look, draw=draw, **more: list(interpolate.controllability(
+        raw, scale, features, [features.index(n) for n in names], draw, look, lambda r: np.zeros(len(r)), offsets=(-2, -1, 0, 1, 2), **more))
+    for kind, look in (("_AreaShape_", own), ("_Intensity_", in_true_masks)):
+        for r in run([n for n in features if kind in n], look):
+            least = 0.5 if "_Std" in r["feature"] else 0.9  # a texture's variance adds to that of the soft rim
+            assert least < r["slope"] < 1.1 and r["low"] <= r["slope"] <= r["high"] and r["spearman"] > 0.9, r
+    (noise,) = run(["Nuclei_Noise_0"], own)
+    assert noise["status"] == "not measured" and np.isnan(noise["slope"]) and abs(noise["its slope"]) < 0.05 and noise["off target"] < 0.05
+    (deaf,) = run(features[:1], own, lambda edited: draw(raw))
+    assert deaf["slope"] == pytest.approx(0, abs=0.05) and deaf["spearman"] == 0
+    (marked,) = run(features[3:4], own, relative=np.array(["Intensity" in n for n in features]))
+    assert marked["status"] == "relative" and np.isnan(marked["slope"])
+
+
+def test_brightness_marks_what_cell_max_cannot_express():
+    table = pd.concat([one_cell(Nuclei_AreaShape_Area=a, MeanIntensity_DAPI=v) for a, v in ((600, 0.1), (800, 0.15), (1000, 0.2), (1200, 0.12))])
+    features = ["Nuclei_AreaShape_Area", "Nuclei_Intensity_MeanIntensity_DAPI", "Nuclei_RadialDistribution_FracAtD_DAPI_1of4", "Nuclei_Noise_0"]
+    look = lambda x: interpolate.measured(x, features, data.CHANNELS)
+    assert interpolate.depends_on_brightness(torch.from_numpy(prepare.render(table)), look).tolist() == [False, True, False, False]
+    assert np.isnan(look(torch.zeros(1, 3, 68, 68))).all()  # no cell, no measurement
+
+
+def test_coupling_of_the_renderer():
+    """Each channel of the renderer depends on its own groups and on shape; noise moves nothing."""
+    _, table = prepare.simulate_table(60, 0)
+    groups = interpolate.feature_groups(list(table.columns), data.CHANNELS)
+    assert {"Nuclei_AreaShape", "Nuclei_Intensity_DAPI", "Cytoplasm_Intensity_Actin", "Nuclei_Noise"} <= set(groups)
+    assert interpolate.feature_groups(["Cells_Correlation_K_Actin_DAPI"], data.CHANNELS) == {"Cells_Correlation": [0]}  # about two channels
+    paint = lambda raw: renderer(table)(raw) / 0.3
+    x = paint(table.to_numpy()) + 0.01
+    rise = {(r["group"], r["channel"]): r for r in interpolate.coupling(table.to_numpy(), x, groups, paint, repeats=1)}
+    assert rise["Nuclei_Intensity_DAPI", 0]["rise"] > 1 and rise["Nuclei_Intensity_DAPI", 1]["rise"] == rise["Nuclei_Intensity_DAPI", 2]["rise"] == 0
+    assert rise["Cytoplasm_Intensity_Actin", 2]["low"] > 1 and rise["Cytoplasm_Intensity_Actin", 0]["rise"] == 0
+    assert all(rise["Nuclei_Noise", k]["rise"] == 0 for k in range(3)) and all(rise["Nuclei_AreaShape", k]["rise"] > 0 for k in range(3))
+
+
+def test_sweep(folder_path, run_path, tmp_path, capsys):
+    """Values, own value, real cell, page and GIF of two rows; equal calls write equal bytes."""
+    arguments = ["--feature", "Nuclei_AreaShape_Area", "Nuclei_*Intensity*", "--steps", "3", "--gif"]
+    for out in ("a", "b"):
+        files = edit_call("sweep", folder_path, run_path, tmp_path / out, *arguments, "--html", str(tmp_path / f"{out}.html"))
+    assert set(files) == {"png", "gif", "json", "csv"}
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    report, folder, G = json.loads(files["json"].read_text()), data.open_folder(folder_path), model.load(run_path / "last.pt")
+    records, about = report["records"], report["about"]
+    assert about["split"] == "test" and about["extractor"] and about["seed"] == 0 and 0 < about["Ledoit-Wolf shrinkage"] < 1 and len(records) == 8
+    column = np.array(folder.raw[folder.rows("train"), 0], np.float64)
+    assert [r["requested"] for r in records[1:4]] == pytest.approx(np.linspace(*np.quantile(column, [0.01, 0.99]), 3), rel=1e-5)
+    assert [r["level"] for r in records[5:]] == [-3, 0, 3] and records[4]["outside percentile"] == records[6]["outside percentile"]  # 0 sd: its own
+    cell = int(np.flatnonzero(folder.cells["cell"] == about["cell"])[0])
+    z = model.standardise(*folder.measurements(folder.rows("test")))
+    assert torch.equal(z[(z - z.mean(0)).norm(dim=1).argmin()], model.standardise(*folder.measurements([cell]))[0])  # the typical cell
+    assert records[0]["requested"] == pytest.approx(float(folder.raw[cell, 0]), rel=1e-5)
+    page = (tmp_path / "a.html").read_text()
+    values = json.loads(re.search(r"const P = (.*?), side = P.side", page, re.S).group(1))
+    assert [len(levels) for _, levels, _ in values["sliders"]] == [3, 3] and len(values["captions"]) == 9 and "http" not in page
+    assert values["captions"][3][0] == f"Nuclei_AreaShape_Area {records[2]['asked'][6:]}; Nuclei_*Intensity* -3 sd"
+    (tmp_path / "sprite.png").write_bytes(interpolate.base64.b64decode(values["sprite"].split(",")[1]))
+    sprite = np.asarray(interpolate.Image.open(tmp_path / "sprite.png"))
+    edit = folder.raw[[cell]].astype(np.float64)
+    edit[0, 0] = records[2]["requested"]
+    drawn = data.composite(G(model.standardise(torch.tensor(edit), folder.centre, folder.scale)))[0].astype(int)
+    assert np.abs(sprite[68:136, 68:136] - drawn).max() <= 1  # combination 4 of 3 x 3: this area, the rest its own
+
+
+def test_far_edits_are_said_and_clipping_too(folder_path, run_path, tmp_path, capsys):
+    edit_call("sweep", folder_path, run_path, tmp_path, "--feature", "Nuclei_AreaShape_Area", "--high", "9000", "--steps", "2")
+    said = capsys.readouterr().out
+    assert "of 3 pictures lie outside the data" in said and "percentile 100" in said and "go beyond 10 sd, where the generator's input is clipped" in said
+    edit_call("sweep", folder_path, run_path, tmp_path, "--feature", "Nuclei_AreaShape_Area", "--unit", "sd", "--low", "0", "--high", "0.01", "--steps", "2")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_the_other_figures(folder_path, run_path, tmp_path):
+    base = (folder_path, run_path, tmp_path)
+    report = lambda files: json.loads(files["json"].read_text())
+    records = report(edit_call("moa", *base, "--split", "all", "--target", "Aurora kinase inhibitors", "latrunculin B", "--block", "7"))["records"]
+    assert len(records) == 10 and records[4]["cosine"] == records[9]["cosine"] == 1 and records[0]["cosine"] < 0.9
+    edit_call("moa", *base, "--split", "all", "--path", "linear", "--target", "taxol 0.3")
+    records = report(edit_call("dose", *base, "--split", "all", "--html", str(tmp_path / "dose.html")))["records"]
+    assert [r["row"][:10] for r in records].count("silhouette") == 8 and {r["asked"] for r in records} >= {"all", "DMSO", "latrunculin B 1", "latrunculin B 3"}
+    cells = data.open_folder(folder_path).cells["cell"]
+    records = report(edit_call("walk", *base, "--cells", cells[0], cells[399], "--steps", "3", "--gif"))["records"]
+    assert [r["t"] for r in records] == [0, 0.5, 1]
+    records = report(edit_call("algebra", *base, "--split", "train", "--repeats", "2"))["records"]
+    high, low, other, result = (r["requested"] for r in records[:4])
+    assert result == pytest.approx(high - low + other, rel=1e-4) and high > other > low and records[-1]["row"] == "realised / requested move"
+    records = report(edit_call("controllability", *base, "--n", "2", "--feature", "Nuclei_AreaShape_Area", "Nuclei_Noise_0", "*MeanIntensity_DAPI", "--edit", "conditional"))["records"]
+    assert [r["status"] for r in records] == ["measured", "not measured", "relative"] and records[0]["ceiling r"] > 0.7 and records[0]["n"] == 2
+    records = report(edit_call("coupling", *base, "--n", "12", "--repeats", "1"))["records"]
+    assert {r["channel"] for r in records} == set(data.CHANNELS) and all(r["low"] <= r["high"] for r in records)
+
+
+def test_refused_edits(folder_path, run_path, tmp_path, capsys):
+    folder = data.open_folder(folder_path)
+    with pytest.raises(data.InputError, match="was left out when the cells were prepared \\(no spread"):
+        interpolate.find_features("Cells_AreaShape_EulerNumber", folder.features, {"Cells_AreaShape_EulerNumber": "no spread"})
+    for call, message in [("sweep --feature Nuclei_AreaShape_Aera", "nearest: Nuclei_AreaShape_Area"), ("sweep --fig4c --cell x", "--cell x: not among"),
+                          ("sweep --feature Nuclei_AreaShape_* --unit raw", "share no unit"), ("walk --cells x y", "--cells x: not among"),
+                          ("sweep --feature Nuclei_AreaShape_Area Nuclei_AreaShape_*", "named twice"),
+                          ("sweep --feature Nuclei_AreaShape_Area --unit percentile --high 101", "between 0 and 100"),
+                          ("moa --target Anti", "--target Anti: 0 of these .* there are: .*DMSO"), ("moa --start x", "--start x: 0 of"),
+                          ("dose --compound aspirin", "--compound aspirin: 0 of"), ("algebra --terms 30", "--terms 30: too few cells"),
+                          ("algebra --feature Nuclei_*", "expected one"), ("controllability --n 5000", "--n 5000: too few cells"), ("coupling --n 5000", "too few cells")]:
+        command, *more = call.split()
+        with pytest.raises(data.InputError, match=message):
+            edit_call(command, folder_path, run_path, tmp_path, *more)
+    for call in ("sweep", "sweep --fig4c --steps 1", "coupling --n 1", "moa --block 0"):
+        with pytest.raises(SystemExit):
+            edit_call(call.split()[0], folder_path, run_path, tmp_path, *call.split()[1:])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+@long
+def test_the_page_in_a_browser(folder_path, run_path, tmp_path):
+    """The script runs without a network and shows the caption of the sliders' place."""
+    edit_call("sweep", folder_path, run_path, tmp_path, "--feature", "Nuclei_AreaShape_Area", "--steps", "3", "--html", str(tmp_path / "page.html"))
+    done = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", f"--user-data-dir={tmp_path / 'profile'}",
+                           "--dump-dom", f"file://{tmp_path / 'page.html'}#2"], capture_output=True, text=True, timeout=120)
+    last = json.loads((tmp_path / "sweep_Nuclei_AreaShape_Area.json").read_text())["records"][-1]["asked"]
+    assert f'<pre id="caption">Nuclei_AreaShape_Area {last[6:]}\n' in done.stdout and "Actin" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2696,17 +2903,19 @@ def test_cells_of_anyone_in_pictures_out(tmp_path, small, capsys):
     assert x.shape == (100, 3, 68, 68) and (x - own).abs().max() < 1e-5
 
     key, feature = folder.cells["cell"][7], "Nuclei_AreaShape_Area"
-    sweep = ["sweep", "--run", str(run), "--feature", feature, "--cell", key, "--low", "500", "--high", "1500"]
-    interpolate.main([*sweep, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "a")])
-    interpolate.main([*sweep, "--table", str(release / "cellprofiler"), "--out", str(tmp_path / "b")])
-    assert [(tmp_path / d / f"sweep_{feature}.json").exists() for d in "ab"] == [True, True]
-    pictures = [np.asarray(Image.open(tmp_path / d / f"sweep_{feature}.png"))[14:-14] for d in "ab"]
-    assert np.abs(pictures[0].astype(int) - pictures[1]).max() <= 1  # rounding of standardised float32
-    interpolate.main(["sweep", "--run", str(run), "--feature", feature, "--table", str(release / "cellprofiler")])  # the cell in the middle
-    table = data.read_table(release / "cellprofiler")
-    assert (interpolate.sweep_table(G, table[G.features], 3, feature, [500, 1500])[0] - x[3]).abs().max() > 0
+    sweep = ["sweep", "--run", str(run), "--feature", feature, "--cell", key, "--low", "500", "--high", "1500", "--steps", "3"]
+    given, table = ["--table", str(release / "cellprofiler")], data.read_table(release / "cellprofiler")
+    found = {}
+    for name, more in (("a", ["--data", str(tmp_path / "data")]), ("b", ["--data", str(tmp_path / "data"), *given]), ("c", given)):
+        interpolate.main([*sweep, *more, "--out", str(tmp_path / name)])
+        found[name] = pd.read_csv(tmp_path / name / f"sweep_{feature}.csv")
+    same = [c for c in found["a"] if c.startswith(("measured", "outside", "requested"))]
+    assert len(same) > 2 and np.allclose(found["a"][same], found["b"][same], rtol=1e-3, atol=0.5, equal_nan=True)  # the CSV has 7 digits or so
+    assert not np.allclose(found["a"]["nearest"], found["c"]["nearest"], rtol=1e-3)  # another reference: the table's own cells
+    assert (found["b"]["split"] == "table").all() and Image.open(tmp_path / "c" / f"sweep_{feature}.png").size[0] > 3 * 136
+    interpolate.main(["walk", "--run", str(run), *given, "--cells", *table["cell"][:2], "--steps", "2", "--out", str(tmp_path / "d")])
     table.drop(columns=feature).to_csv(tmp_path / "less.csv", index=False)
     with pytest.raises(model.InputError, match=f"1 of the model's 28 features are not in the table, first: {feature}"):
         interpolate.main([*sweep, "--table", str(tmp_path / "less.csv")])
-    with pytest.raises(data.InputError, match="--cell nobody: not in"):
-        interpolate.main([*sweep[:5], "--cell", "nobody", "--table", str(release / "cellprofiler")])
+    with pytest.raises(data.InputError, match="--cell nobody: not among"):
+        interpolate.main([*sweep[:6], "nobody", "--table", str(release / "cellprofiler")])
