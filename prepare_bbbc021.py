@@ -901,7 +901,7 @@ def foreground(x, sigma, level=1.0):
     """Bright pixels of each image, holes filled: smooth by `sigma` pixels, logarithm, cut at `level` of the way from the
     darkest pixel to Otsu's threshold. x (N, H, W) of any scale -> (smoothed x, (N, H, W) bool)."""
     x = ndi.gaussian_filter(np.maximum(x, 0).astype(np.float32), (0, sigma, sigma))
-    log = np.log(x / np.maximum(x.max((1, 2), keepdims=True), 1e-12) + 0.02)    # a dim nucleus beside a bright one stays
+    log = np.log(x / np.maximum(x.max((1, 2), keepdims=True), 1e-12) + 0.05)    # a dim nucleus beside a bright one stays, a faint halo of a generated one does not count
     low = np.percentile(log, 0.1, axis=(1, 2), keepdims=True)
     bright = ndi.binary_fill_holes(log > low + level * (otsu(log) - low), FLAT4)
     return x, bright & ~bright.all((1, 2), keepdims=True)
