@@ -1699,6 +1699,8 @@ def test_golden_figures(monkeypatch):
     mean, axes = interpolate.principal_axes(np.concatenate(x["pca_line"]))
     points = interpolate.line(x["pca_line"][0].mean(0), x["pca_line"][2].mean(0), 5)
     assert (points - mean) @ axes.T == pytest.approx(np.array(golden["pca_line"]["points"]), abs=1e-9)
+    r = evaluate.correlations(*x["feature_correlation"], np.ones((1, 100)))[0]  # constant columns are undefined, not 0
+    assert r == pytest.approx([np.nan if v is None else v for v in golden["feature_correlation"]], abs=1e-9, nan_ok=True)
 
 
 def test_edits_hold_or_follow():
@@ -2243,6 +2245,25 @@ def test_overlap_with_the_true_masks_of_the_simulated_field():
             score.append(overlap(true == label, found == count.argmax()) if count.any() else 0)
         print(f"median IoU on {len(score)} simulated {name}: {np.median(score):.3f}")
         assert np.median(score) > least
+
+
+@long
+def test_cp_measure_agrees():
+    """The optional engine and ours on rendered cells: sizes, intensities and textures of all three compartments to 1e-5 (theirs sums in float32)."""
+    pytest.importorskip("cp_measure.bulk")
+    _, table = prepare.simulate_table(100, 0)
+    images = (prepare.render(table[:20]) * 65535).astype(np.uint16)
+    masks = segment(images)
+    masks[3] = 0  # a cell that was not found
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs, ours = (pd.DataFrame(v, columns=n) for n, v in (prepare.measure_by_cp_measure(images, masks), measure(images, masks)))
+    assert theirs.iloc[3].isna().all() and len(set(theirs) - set(ours)) > 100  # it knows more: granularity, convex hull, ...
+    both = [c for c in ours if c in theirs and re.search("_Texture_|_Intensity_(?!MassD|MAD)|Area$|AxisLength|Eccentricity|Perimeter$", c)]
+    assert len(both) > 400
+    difference = (theirs[both] - ours[both]).abs() / (ours[both].abs() + ours[both].abs().median() * 1e-3 + 1e-9)
+    worst = difference.max()
+    assert (worst < 1e-5).mean() > 0.97, worst.sort_values().tail(20)
 
 
 @needs_shared
