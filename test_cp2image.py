@@ -4,6 +4,7 @@ LONG=1 adds checks of minutes. Every tolerance has its reason beside it.
 """
 import copy
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -2940,3 +2941,93 @@ def test_cells_of_anyone_in_pictures_out(tmp_path, small, capsys):
         interpolate.main([*sweep, "--table", str(tmp_path / "less.csv")])
     with pytest.raises(data.InputError, match="--cell nobody: not among"):
         interpolate.main([*sweep[:6], "nobody", "--table", str(release / "cellprofiler")])
+
+
+def test_fields_are_measured_without_cellprofiler(tmp_path, small, capsys):
+    """TIFFs alone: the cells that were drawn are found, cut and measured; an interrupted call does not measure a field twice."""
+    release, out = tmp_path / "release", tmp_path / "out"
+    prepare.main(["--simulate", "100", "--write-release", str(release)])
+    command = ["--images", f"{release}/images", "--image-csv", f"{release}/BBBC021_v1_image.csv", "--moa", f"{release}/BBBC021_v1_moa.csv",
+               "--out", str(out), "--workers", "1"]
+    prepare.main(command)
+    assert "measured 6/6 fields" in capsys.readouterr().out
+    folder, (drawn, table) = data.open_folder(out), prepare.simulate_table(100, 0)
+    found = folder.cells.assign(area=folder.raw[:, folder.features.index("Nuclei_AreaShape_Area")], field=folder.cells["field"].str.replace("_w1", ""))
+    pairs = [(table["Nuclei_AreaShape_Area"][i], near["area"].iloc[d.argmin()]) for i, (field, x, y) in enumerate(zip(drawn["field"], drawn["x"], drawn["y"]))
+             if len(near := found[found["field"] == field]) and (d := np.hypot(near["x"] - x, near["y"] - y).to_numpy()).min() < 4]
+    assert len(pairs) > 85 and np.corrcoef(np.transpose(pairs))[0, 1] > 0.9, len(pairs)
+    assert len(folder) <= 105 and len(folder.features) > 800 and set(folder.cells["compound"]) <= set(drawn["compound"])
+
+    shutil.rmtree(out)
+    gone = next(Path(f"{out}.measured").iterdir())
+    shutil.rmtree(gone)
+    prepare.main(command)
+    assert "measured 1/1 fields" in capsys.readouterr().out and gone.is_dir()
+    assert np.array_equal(data.open_folder(out).raw, folder.raw)
+
+    files = sorted((release / "images").rglob("*.tif"))
+    plain = ["--images", f"{release}/images", "--out", str(tmp_path / "plain"), "--workers", "1"]
+    Image.fromarray(np.zeros((50, 50), np.uint16)).save(files[1])
+    refuses("the files of this field differ in size", prepare.main, plain)
+    prepare.main([*plain, "--skip-bad"])  # by their names up to _w
+    assert data.open_folder(tmp_path / "plain").meta["counts"]["fields"] == 5
+    files[1].unlink()
+    refuses("2 files share its name up to _w", prepare.main, [*plain[:2], "--out", str(tmp_path / "p2"), "--workers", "1"])
+    for file in files:
+        if file.exists():
+            file.rename(file.with_name("x" + str(files.index(file)) + ".tif"))
+    refuses("no field; expected files named", prepare.main, [*plain[:2], "--out", str(tmp_path / "p3"), "--workers", "1"])
+    refuses("no column Image_FileName_DNA", prepare.main, [*command[:4], "--out", str(tmp_path / "p4"), "--channels", "DNA,B,C"])
+
+
+def test_the_rest_of_the_refusals(crops_path, folder_path, run_path, tmp_path, small, capsys):
+    """Every line that nothing else reaches: each names the file, what was expected, what to do."""
+    release, out = tmp_path / "release", ["--out", str(tmp_path / "o"), "--workers", "1"]
+    prepare.main(["--simulate", "100", "--write-release", str(release)])
+    fields = fields_command(release, tmp_path / "o")
+    (tmp_path / "image.csv").write_text("a\n1\n")
+    refuses("no feature column that matches --columns", prepare.main, [*fields, "--columns", "nothing"])
+    refuses("no column Image_FileName_DAPI", prepare.main, [*fields, "--image-csv", str(tmp_path / "image.csv")])
+    image = pd.read_csv(release / "BBBC021_v1_image.csv", dtype=str)
+    pd.concat([image, image]).to_csv(tmp_path / "image.csv", index=False)
+    refuses("stands in two rows; give the table", prepare.main, [*fields, "--image-csv", str(tmp_path / "image.csv")])
+    refuses("expected three names", prepare.main, [*fields, "--channels", "DAPI,Actin"])
+    shutil.copytree(crops_path, tmp_path / "crops")
+    metadata, table = pd.read_csv(crops_path / "metadata.csv", dtype=str), pd.read_csv(crops_path / "features.csv")
+    call = ["--crops", str(tmp_path / "crops"), "--features", str(tmp_path / "crops/features.csv"), *out]
+    for changed, text in ((metadata.rename(columns={prepare.KEY: "id"}), "metadata.csv: no column"), (pd.concat([metadata, metadata[:1]]), "more than one row")):
+        changed.to_csv(tmp_path / "crops/metadata.csv", index=False)
+        refuses(text, prepare.main, call)
+    metadata.to_csv(tmp_path / "crops/metadata.csv", index=False)
+    (tmp_path / "all.csv").write_text("replicate\n1\n2\n3\n")
+    refuses("no cell is left after", prepare.main, [*call, "--exclude", str(tmp_path / "all.csv")])
+    table.assign(**{c: np.nan for c in table.columns[1:]}).to_csv(tmp_path / "crops/features.csv", index=False)
+    refuses("no cell has both a patch and measurements", prepare.main, call)
+    shutil.rmtree(tmp_path / "o.partial")
+    table.assign(**{c: 1.0 for c in table.columns[1:]}).to_csv(tmp_path / "crops/features.csv", index=False)
+    refuses("every feature was dropped", prepare.main, call)
+    shutil.rmtree(tmp_path / "crops")
+
+    if importlib.util.find_spec("cp_measure") is None:
+        refuses("cp_measure: the package is not installed", prepare.measure_by_cp_measure, np.zeros((1, 3, 9, 9)), np.zeros((1, 9, 9)))
+    refuses("segmenting needs three", evaluate.measurements, np.zeros((1, 2, 68, 68)), ["A", "B"])
+    wells = compound_table()[0]
+    wells.drop(columns=["compound", "concentration", "moa"]).to_csv(tmp_path / "wells.csv", index=False)
+    profiles = ["--profiles", str(tmp_path / "wells.csv"), "--image-csv", str(tmp_path / "image.csv")]
+    refuses(r"does not list \d+ of the", evaluate.main, profiles)
+    image[["Image_FileName_DAPI"]].to_csv(tmp_path / "image.csv", index=False)
+    refuses("lacks plate, well", evaluate.main, profiles)
+    cells = data.open_folder(folder_path)
+    pd.DataFrame(np.array(cells.raw[:5]), columns=cells.features).assign(cell=list("abcde")).to_csv(tmp_path / "few.csv", index=False)
+    sweep = ["sweep", "--run", str(run_path), "--feature", "Nuclei_AreaShape_Area"]
+    refuses("5 cells, 20 are needed", interpolate.main, [*sweep, "--table", str(tmp_path / "few.csv")])
+    shutil.copytree(folder_path, tmp_path / "other")
+    meta = json.loads((tmp_path / "other/meta.json").read_text())
+    meta["checksums"]["cells.csv"] = "0"
+    (tmp_path / "other/meta.json").write_text(json.dumps(meta))
+    refuses("was trained on another prepared folder", interpolate.main, [*sweep, "--data", str(tmp_path / "other")])
+    for argv, main, text in ((sweep, interpolate.main, "sweep needs --data DIR, or --table FILE"),
+                             (["--simulate", "100", "--write-release", "r", "--out", "o"], prepare.main, "--write-release DIR goes with")):
+        with pytest.raises(SystemExit):
+            main(argv)
+        assert text in capsys.readouterr().err
