@@ -240,6 +240,26 @@ def numbers(frame, where, first=2):
     return frame
 
 
+def read_moa(path):
+    """BBBC021_v1_moa.csv in any of its copies -> {(compound, concentration as float): mechanism}."""
+    table = read_csv(path, dtype=str)
+    for name in ("compound", "concentration", "moa"):
+        if name not in table:
+            raise InputError(f"{path}: no column {name!r}, found {list(table.columns)}")
+    pairs = [(c, concentration(v, f"{path}, row {i + 2}")) for i, (c, v) in enumerate(zip(table["compound"], table["concentration"]))]
+    if len(set(pairs)) < len(pairs):
+        raise InputError(f"{path}: treatment {next(p for p in pairs if pairs.count(p) > 1)} stands in two rows, expected one")
+    return dict(zip(pairs, table["moa"]))
+
+
+def concentration(text, where):
+    """A concentration in uM as a float; empty or 'unknown' is NaN."""
+    try:
+        return float(text) if text not in ("", "unknown") else float("nan")
+    except ValueError:
+        raise InputError(f"{where}: concentration {text!r} is not a number") from None
+
+
 SPELLINGS = {"cell": ("single_cell_image_id", "cell"), "field": ("multi_cell_image_name",), "plate": ("plate", "barcode"),
              **{name: (name,) for name in ("well", "site", "replicate", "compound", "concentration", "moa")}}
 

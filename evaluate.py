@@ -27,8 +27,8 @@ from torch import nn
 
 import data
 import model
-import prepare_bbbc021 as prepare
 from data import InputError
+from prepare_bbbc021 import ENGINES, segment
 
 # The FID weights: Google's Inception graph of 2015-12-05 as ported by pytorch-fid
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -461,10 +461,10 @@ def read_profiles(path, image_csv=None, moa=None):
     """A CSV of well profiles, what --image-csv says of its wells and --moa of its treatments -> table (WELL_COLUMNS, features), names."""
     def read(path):
         bare = lambda name: re.sub("^(Image_)?Metadata_|_DAPI$", "", name).lower()  # Image_Metadata_Plate_DAPI -> plate
-        return prepare.read_csv(path).rename(columns=lambda c: bare(c) if bare(c) in WELL_COLUMNS else c)
+        return data.read_csv(path).rename(columns=lambda c: bare(c) if bare(c) in WELL_COLUMNS else c)
 
     table = read(path)
-    features, _, others = prepare.sort_columns(table.columns)
+    features, _, others = data.sort_columns(table.columns)
     if not features:  # not CellProfiler's: all that is a number
         features = [c for c in others if c not in [*WELL_COLUMNS, "n_cells"] and pd.to_numeric(table[c], errors="coerce").notna().any()]
     about = table[[c for c in WELL_COLUMNS if c in table]]
@@ -476,7 +476,7 @@ def read_profiles(path, image_csv=None, moa=None):
         if unknown := about["compound"].isna().sum():
             raise InputError(f"{image_csv}: does not list {unknown} of the {len(about)} wells of {path}")
     if moa and {"compound", "concentration"} <= set(about):
-        known = prepare.read_moa(moa) | {("DMSO", 0.0): "DMSO"}
+        known = data.read_moa(moa) | {("DMSO", 0.0): "DMSO"}
         about = about.assign(moa=[known.get((c, float(v)), "unknown") for c, v in zip(about["compound"], about["concentration"])])
     if absent := [c for c in WELL_COLUMNS if c not in about]:
         raise InputError(f"{path}: lacks {', '.join(absent)}; --image-csv names the compound of each well, --moa the mechanisms")
@@ -497,8 +497,8 @@ def measurements(x, channels, engine="ours"):
     if len(channels) != 3:
         raise InputError(f"channels {', '.join(channels)}: segmenting needs three, the nucleus first")
     x = np.asarray(x, np.float32)
-    names, values = prepare.ENGINES[engine](x, prepare.segment(x), channels)
-    return pd.DataFrame(values, columns=names)[prepare.sort_columns(names)[0]]
+    names, values = ENGINES[engine](x, segment(x), channels)
+    return pd.DataFrame(values, columns=names)[data.sort_columns(names)[0]]
 
 
 def feature_table(real, fake, given, treatment, channels, image_norm):
@@ -895,7 +895,7 @@ def parse(argv):
     add("--n", type=int, default=10_000, metavar="CELLS", help="cells a side, reference and judged (default 10000, or half of the split)")
     add("--inception", metavar="FILE", help="pytorch-fid's weights, or the word download: FID and KID too (default: FD-CP and KID-CP only)")
     add("--subset", type=int, metavar="CELLS", help="cells in each of KID's 100 subsets (default 1000, or half of the cells)")
-    add("--engine", choices=list(prepare.ENGINES), default="ours", help="who measures the pictures: ours, or the package cp_measure (default ours)")
+    add("--engine", choices=list(ENGINES), default="ours", help="who measures the pictures: ours, or the package cp_measure (default ours)")
     add("--grid", type=int, default=13, metavar="N", help="cells in grid.png, originals above one row a model (default 13)")
     add("--image-csv", metavar="FILE", help="with --profiles: BBBC021_v1_image.csv, which compound each well has")
     add("--moa", metavar="FILE", help="with --profiles: BBBC021_v1_moa.csv, the mechanism of each treatment")

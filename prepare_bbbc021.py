@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-from data import CELL_COLUMNS, CHANNELS, CHUNK, FULL_SCALE, SIZE, InputError, read_csv, sort_columns
+from data import CELL_COLUMNS, CHANNELS, CHUNK, FULL_SCALE, SIZE, InputError, concentration, read_csv, read_moa, sort_columns
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}  # of cells (paper, section 4.1)
 MAX_MISSING = 0.05  # share of cells without a value, above which a feature is dropped
@@ -332,26 +332,6 @@ def simulated_unit(unit):
 
 KEY = "Single_Cell_Image_Id"
 CROPS_AT_ONCE = 256  # files in a unit of work
-
-
-def read_moa(path):
-    """BBBC021_v1_moa.csv in any of its copies -> {(compound, concentration as float): mechanism}."""
-    table = read_csv(path, dtype=str)
-    for name in ("compound", "concentration", "moa"):
-        if name not in table:
-            raise InputError(f"{path}: no column {name!r}, found {list(table.columns)}")
-    pairs = [(c, concentration(v, f"{path}, row {i + 2}")) for i, (c, v) in enumerate(zip(table["compound"], table["concentration"]))]
-    if len(set(pairs)) < len(pairs):
-        raise InputError(f"{path}: treatment {next(p for p in pairs if pairs.count(p) > 1)} stands in two rows, expected one")
-    return dict(zip(pairs, table["moa"]))
-
-
-def concentration(text, where):
-    """A concentration in uM as a float; empty or 'unknown' is NaN."""
-    try:
-        return float(text) if text not in ("", "unknown") else float("nan")
-    except ValueError:
-        raise InputError(f"{where}: concentration {text!r} is not a number") from None
 
 
 def complete_cells(cells, moa=None):
