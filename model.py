@@ -1,10 +1,11 @@
-"""The CP2Image networks, and what it takes to use a trained one. This file needs nothing but torch: copy it out alone.
+"""CP2Image and its baselines: the networks, and what it takes to use a trained one. This file needs nothing but torch: copy it out alone.
 
     G = model.load("runs/cp2image-seed0/last.pt")
     x = model.generate(G, table)            # table: a pandas frame of CellProfiler measurements, one row a cell
 
 Source: Ji, Cutiongco, Jensen, Yuan, "CP2Image", MIDL 2023 (PMLR 227:274-285), and the authors' TensorFlow code
-(revision 705214e). Where the two disagree the released code is followed, as it ran.
+(revision 705214e); for the three GANs Goldsborough et al., "CytoGAN", 2017, and its Keras code. Where a text and its code
+disagree the code is followed, as it ran. Images are in 0..1 wherever they enter or leave a network.
 """
 import math
 import warnings
@@ -20,6 +21,8 @@ EPS = 1e-8  # inside the square root of every batch norm
 MOMENTUM = 0.1  # weight of the new batch in the running moments
 CLIP = 10.0  # standard deviations: a standardised measurement is clipped to -CLIP..CLIP
 HIDDEN_MAPS = 4  # of the discriminator, compared by the learned metric
+FORMAT = "cp2image-2"  # of a checkpoint
+KINDS = ("cp2image", "vae", "vaeplus", "lsgan", "dcgan", "wgan")
 
 # At 453 features and 3 channels. The paper's "1.32 million" adds two things that the released graph built and never trained.
 PAPER_PARAMETERS = {"generator": 439_558, "discriminator": 105_186, "unused encoder": 780_404, "unused output heads": 306}
@@ -41,38 +44,51 @@ def conv(c_in, c_out, k, padding=0):
 
 
 class Normalise(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps) * weight + bias with mean and variance of the first n images of x (B, C, H, W), all of it normalised.
+    """(x - mean) / sqrt(var + eps) * weight + bias with mean and variance of x (B, C, H, W), for x and for `follow` (B', C, H, W) or None.
 
-    The same function as `torch.var_mean(x[:n], (0, 2, 3), correction=0)` and plain arithmetic (a test holds them against each other in
-    float64), with torch's fused kernels: 5 times faster on a CPU. The gradient through the moments reaches the first n images only.
+    The same function as `torch.var_mean(x, (0, 2, 3), correction=0)` and plain arithmetic (a test holds them against each other in
+    float64), with torch's fused kernels: 5 times faster on a CPU. The gradient of `follow` reaches x through the moments. A gradient
+    that is not asked for costs nothing: the discriminator's own never touches `follow`.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, n):
-        y, mean, rstd = torch.native_batch_norm(x[:n], weight, bias, None, None, True, 0.0, EPS)
+    def forward(ctx, weight, bias, x, follow):
+        y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, EPS)
         var = rstd ** -2 - EPS  # biased
-        ctx.save_for_backward(x, weight, mean, var)
-        ctx.n = n
+        ctx.save_for_backward(weight, x, follow, mean, rstd, var)
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, var)
-        return (y if n == len(x) else F.batch_norm(x, mean, var, weight, bias, False, 0.0, EPS)), mean, var
+        return y, None if follow is None else F.batch_norm(follow, mean, var, weight, bias, False, 0.0, EPS), mean, var
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        x, weight, mean, var = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad.contiguous(), x, weight, mean, var, None, None, False, EPS, [True, True, True])  # mean and var held fixed
-        count, rstd = ctx.n * x.shape[2] * x.shape[3], (var + EPS).rsqrt()
-        slope = -weight * rstd ** 2 * grad_weight / count  # what a pixel adds through the variance ...
+    def backward(ctx, grad, grad_follow, *_):
+        weight, x, follow, mean, rstd, var = ctx.saved_tensors
+        backward = torch.ops.aten.native_batch_norm_backward
+        if grad_follow is None:
+            if grad is None:
+                return None, None, None, None
+            grad_x, grad_weight, grad_bias = backward(grad.contiguous(), x, weight, None, None, mean, rstd, True, EPS, [True, True, True])
+            return grad_weight, grad_bias, grad_x, None
+        grad = torch.zeros_like(x) if grad is None else grad.contiguous()
+        (grad_x, *own), (grad_follow, *its) = (
+            backward(g, v, weight, mean, var, None, None, False, EPS, [True, True, True])  # mean and var held fixed
+            for g, v in ((grad, x), (grad_follow.contiguous(), follow)))
+        grad_weight, grad_bias = (p + q for p, q in zip(own, its))
+        count = x.numel() / len(weight)
+        slope = -weight * rstd ** 2 * grad_weight / count  # what a pixel of x adds through the variance ...
         shift = -weight * rstd * grad_bias / count - slope * mean  # ... and through the mean
-        grad_x[:ctx.n].addcmul_(x[:ctx.n], slope[:, None, None].to(x.dtype)).add_(shift[:, None, None].to(x.dtype))
-        return grad_x, grad_weight, grad_bias, None
+        grad_x.addcmul_(x, slope[:, None, None].to(x.dtype)).add_(shift[:, None, None].to(x.dtype))
+        return grad_weight, grad_bias, grad_x, grad_follow
+
+
+normalise = Normalise.apply
 
 
 class BatchNorm(nn.Module):
     """Batch norm over (B, C, H, W) as the released code has it.
 
-    Two things differ from torch's: the running variance is the biased one, and the moments may come from the first `n` images of
-    the batch only, while all of it is normalised (the discriminator's rule). With `moments=False` only weight and bias act.
+    Two things differ from torch's: the running variance is the biased one, and in training images may `follow`, normalised by the
+    moments of x and no part of them (the discriminator's rule): a pair is then returned. With `moments=False` only weight and bias act.
     """
 
     def __init__(self, channels, moments=True):
@@ -83,16 +99,19 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
-    def forward(self, x, n=None):
-        if not self.moments:
-            return x * self.weight[:, None, None] + self.bias[:, None, None]
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, EPS)
-        y, mean, var = Normalise.apply(x, self.weight, self.bias, len(x) if n is None else n)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, MOMENTUM)
-            self.running_var.lerp_(var, MOMENTUM)
-        return y
+    def forward(self, x, follow=None):
+        if self.moments and self.training:
+            y, y_follow, mean, var = normalise(self.weight, self.bias, x, follow)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, MOMENTUM)
+                self.running_var.lerp_(var, MOMENTUM)
+            return y if follow is None else (y, y_follow)
+        scale, shift = self.weight, self.bias
+        if self.moments:
+            scale = self.weight * (self.running_var + EPS).rsqrt()
+            shift = self.bias - self.running_mean * scale
+        ys = [v * scale[:, None, None] + shift[:, None, None] for v in (x, follow) if v is not None]
+        return ys[0] if follow is None else ys
 
 
 def leaky(x):
@@ -104,16 +123,20 @@ def spread_vector(f, weight):
     return torch.einsum("bi,oihw->bohw", f, weight.flip(2, 3))  # (B, C, 5, 5)
 
 
-def double_and_convolve(h, weight):
-    """F.conv2d(F.interpolate(h, scale_factor=2), weight, padding=4), weight 5x5, with 36 % of its multiplications.
+def phases(weight):
+    """The four 3x3 kernels (4 C, C_in, 3, 3) that a 5x5 kernel (C, C_in, 5, 5) becomes after a nearest doubling.
 
-    After a nearest doubling, neighbouring taps fall on the same pixel: at even and odd places the five taps act as three, with sums
-    of the kernel's entries. So the four kinds of output pixel are four 3x3 convolutions of the small map, interleaved.
+    Neighbouring taps then fall on the same pixel: at even places the five act as three, 0+1, 2+3, 4, at odd ones as 0, 1+2, 3+4.
     """
-    taps = h.new_tensor([[[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]],  # even places: taps 0+1, 2+3, 4
-                         [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]])  # odd places: taps 0, 1+2, 3+4
-    small = torch.einsum("oihw,aph,bqw->oabipq", weight, taps, taps).flatten(0, 2)  # (4 C, C_in, 3, 3)
-    return F.pixel_shuffle(F.conv2d(h, small, padding=2), 2)  # (B, C, n, n) -> (B, C, 2n + 4, 2n + 4)
+    for _ in "width", "height":
+        t0, t1, t2, t3, t4 = weight.unbind(3)
+        weight = torch.stack([torch.stack([t0 + t1, t2 + t3, t4], 3), torch.stack([t0, t1 + t2, t3 + t4], 3)], 1)
+    return weight.flatten(0, 2)  # (C, 2 rows, 2 columns, C_in, 3, 3)
+
+
+def double_and_convolve(h, weight, padding=4):
+    """F.conv2d(F.interpolate(h, scale_factor=2), weight, padding=padding), weight 5x5, an even padding: 36 % of its multiplications."""
+    return F.pixel_shuffle(F.conv2d(h, phases(weight), padding=padding // 2), 2)  # (B, C, n, n) -> (B, C, 2n - 4 + 2 padding, ...)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,6 +148,7 @@ class Generator(nn.Module):
 
     Released code, layers HL_5..HL_8 and HL_recons_3: the output is a batch norm and a leaky ReLU, not a sigmoid.
     """
+    takes = "features"
 
     def __init__(self, n_features, n_channels=3):
         super().__init__()
@@ -145,9 +169,10 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (B, n_channels, 68, 68) in 0..1 -> (logits (B,), four hidden maps): the learned metric of the paper.
 
-    `n`: the batch-norm moments come from the first n images; the step passes [real, generated, originals] and n = two thirds.
-    Every kernel is spectrally normalised by torch's parametrisation, whose power iteration runs in training mode only. Since batch
-    norm follows each kernel this does not change training; `batch_norm=False` (an ablation) is where it does.
+    With `follow`, more images that are normalised by the batch-norm moments of x and no part of them, a pair of such results: the step
+    passes [real, generated], and the originals follow. Every kernel is spectrally normalised by torch's parametrisation, whose power
+    iteration runs in training mode only. Since batch norm follows each kernel this does not change training; `batch_norm=False` (an
+    ablation) is where it does.
     """
 
     def __init__(self, n_channels=3, spectral_norm=True, batch_norm=True):
@@ -157,12 +182,162 @@ class Discriminator(nn.Module):
             setattr(self, f"conv{i}", parametrizations.spectral_norm(layer) if spectral_norm else layer)
             setattr(self, f"bn{i}", BatchNorm(c_out, moments=batch_norm))
 
-    def forward(self, x, n=None):
-        h0 = leaky(F.max_pool2d(self.bn0(self.conv0(x), n), 2))  # (B, 32, 32, 32): pooling stands before the activation
-        h1 = leaky(F.max_pool2d(self.bn1(self.conv1(h0), n), 2))  # (B, 32, 14, 14)
-        h2 = leaky(F.max_pool2d(self.bn2(self.conv2(h1), n), 2))  # (B, 32, 5, 5)
-        h3 = leaky(self.bn3(self.conv3(h2), n))  # (B, 64, 1, 1)
-        return self.bn4(self.conv4(h3), n).flatten(), [h0, h1, h2, h3]
+    def layer(self, i, x, follow):
+        weight = getattr(self, f"conv{i}").weight  # once for both: spectral norm iterates when it is read
+        y = getattr(self, f"bn{i}")(F.conv2d(x, weight), None if follow is None else F.conv2d(follow, weight))
+        return (y, None) if follow is None else y
+
+    def forward(self, x, follow=None):
+        h, h_follow, pair = [], [], (x, follow)
+        for i in range(4):  # (B, 32, 32, 32), (B, 32, 14, 14), (B, 32, 5, 5), (B, 64, 1, 1)
+            pair = [None if v is None else leaky(F.max_pool2d(v, 2) if i < 3 else v) for v in self.layer(i, *pair)]  # pooling stands first
+            h, h_follow = [*h, pair[0]], [*h_follow, pair[1]]
+        logit, logit_follow = self.layer(4, *pair)
+        return (logit.flatten(), h) if follow is None else ((logit.flatten(), h), (logit_follow.flatten(), h_follow))
+
+
+class VAE(nn.Module):
+    """A variational autoencoder of images (B, n_channels, 68, 68) in 0..1: VAE and VAEplus of the paper's Table 1.
+
+    Called with images: their reconstruction from the latent means. With `noise` (B, latent), standard normal, as training does:
+    (reconstruction of a draw, means (B, latent), log variances). Source: the encoder that the released code builds, its generator as decoder.
+    """
+    takes = "images"
+
+    def __init__(self, latent=256, n_channels=3):
+        super().__init__()
+        self.latent = latent
+        for i, (c_in, c_out) in enumerate([(n_channels, 32), (32, 32), (32, 32), (32, 2 * latent)]):
+            setattr(self, f"conv{i}", conv(c_in, c_out, 5))
+            setattr(self, f"bn{i}", BatchNorm(c_out))
+        self.decoder = Generator(latent, n_channels)
+
+    def encode(self, x):
+        """Images -> means and log variances of the latent (B, latent) each; InputError for another size than 68 x 68."""
+        if x.shape[2:] != (SIZE, SIZE):
+            raise InputError(f"images of {x.shape[2]} x {x.shape[3]} pixels: the VAE's layers are made for {SIZE} x {SIZE}")
+        for i in range(3):
+            x = leaky(F.max_pool2d(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)), 2))  # (B, 32, 32, 32), 14, 5
+        return self.bn3(self.conv3(x)).flatten(1).chunk(2, 1)
+
+    def decode(self, z):
+        return self.decoder(z)
+
+    def forward(self, x, noise=None):
+        mean, log_var = self.encode(x)
+        if noise is None:
+            return self.decode(mean)
+        return self.decode(mean + noise * (0.5 * log_var).exp()), mean, log_var
+
+
+class NoiseGenerator(nn.Module):
+    """Noise (B, 100), standard normal -> images (B, n_channels, size, size) in 0..1: the generator of CytoGAN's LSGAN, DCGAN and WGAN.
+
+    At a size that is no multiple of 8 the next larger picture is cut in the middle. The output layer is tanh, brought to 0..1.
+    """
+    takes = "noise"
+
+    def __init__(self, n_channels=3, size=SIZE, latent=100):
+        super().__init__()
+        self.size, self.latent, self.start = size, latent, -(-size // 8)
+        self.dense, self.bn0 = nn.Linear(latent, 256 * self.start ** 2), nn.BatchNorm1d(256 * self.start ** 2, 1e-3)
+        for i, (c_in, c_out) in enumerate([(256, 128), (128, 64), (64, 32), (32, n_channels)], 1):
+            setattr(self, f"conv{i}", nn.Conv2d(c_in, c_out, 5, padding=2))
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(c, 1e-3) for c in (128, 64, 32))
+        glorot(self)
+
+    def decode(self, z):
+        return self(z)
+
+    def forward(self, z):
+        h = F.leaky_relu(self.bn0(self.dense(z)), 0.2).unflatten(1, (256, self.start, self.start))  # (B, 256, 9, 9) for 68 pixels
+        for i in (1, 2, 3):
+            layer = getattr(self, f"conv{i}")
+            h = double_and_convolve(h, layer.weight, 2) + layer.bias[:, None, None]  # (B, 128, 18, 18), (B, 64, 36, 36), (B, 32, 72, 72)
+            h = F.leaky_relu(getattr(self, f"bn{i}")(h), 0.2)
+        x = (torch.tanh(self.conv4(h)) + 1) / 2
+        cut = (x.shape[2] - self.size) // 2
+        return x[:, :, cut:cut + self.size, cut:cut + self.size]
+
+
+class NoiseDiscriminator(nn.Module):
+    """Images (B, n_channels, size, size) in 0..1 -> logits (B,): the discriminator of CytoGAN, without batch norm.
+
+    Noise of sd 0.1 is added to the image, scaled to -1..1, in training and, as the code ran, at test time. `profile` are the 100
+    activations that CytoGAN takes for the cell's representation.
+    """
+
+    def __init__(self, n_channels=3, size=SIZE):
+        super().__init__()
+        for i, (c_in, c_out, stride) in enumerate([(n_channels, 32, 1), (32, 64, 2), (64, 128, 2), (128, 256, 2)]):
+            setattr(self, f"conv{i}", nn.Conv2d(c_in, c_out, 5, stride, padding=2))
+        self.latent, self.last = nn.Linear(256 * (-(-size // 8)) ** 2, 100), nn.Linear(100, 1)
+        glorot(self)
+
+    def profile(self, x, noise):
+        """(B, 100) activations of images in 0..1; `noise`: standard normal like x, or 0."""
+        h = 2 * x - 1 + 0.1 * noise
+        for i in range(4):
+            h = F.leaky_relu(getattr(self, f"conv{i}")(h), 0.2)  # (B, 32, 68, 68), (B, 64, 34, 34), (B, 128, 17, 17), (B, 256, 9, 9)
+        return self.latent(h.flatten(1))
+
+    def forward(self, x):
+        return self.last(self.profile(x, torch.randn_like(x))).flatten()
+
+
+def glorot(net):
+    """Keras' initialisation of dense and convolution layers: uniform by the layer's size, no bias."""
+    for layer in net.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+def networks(kind, n_features, n_channels=3, spectral_norm=True, d_batch_norm=True, latent=256):
+    """The generator and the discriminator (None: it has none) of a model. A student's own model is a line here and a class above:
+
+    a generator `takes` "features" (B, n_features), "images" or "noise" (B, latent) and returns images (B, n_channels, 68, 68) in 0..1.
+    """
+    if kind == "cp2image":
+        return Generator(n_features, n_channels), Discriminator(n_channels, spectral_norm, d_batch_norm)
+    if kind in ("vae", "vaeplus"):
+        return VAE(latent, n_channels), Discriminator(n_channels, spectral_norm, d_batch_norm) if kind == "vaeplus" else None
+    if kind in ("lsgan", "dcgan", "wgan"):
+        return NoiseGenerator(n_channels), NoiseDiscriminator(n_channels)
+    raise InputError(f"model {kind!r}: expected one of {', '.join(KINDS)}")
+
+
+class Folded(nn.Module):
+    """A trained Generator for drawing only: batch norm and the doublings' kernels worked out once. The same function, 3 times faster."""
+
+    def __init__(self, G):
+        super().__init__()
+        def fold(layer, bn):  # kernel (C, C_in, k, k) and bias (C,) of convolution and batch norm in one
+            scale = bn.weight * (bn.running_var + EPS).rsqrt()
+            return layer.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
+
+        weight, bias = fold(G.conv0, G.bn0)
+        tensors = {"weight0": weight.flip(2, 3).movedim(1, 0).flatten(1).contiguous(), "bias0": bias.repeat_interleave(25)}  # (F, 32 * 25)
+        for i in (1, 2, 3):
+            weight, bias = fold(getattr(G, f"conv{i}"), getattr(G, f"bn{i}"))
+            tensors |= {f"weight{i}": phases(weight), f"bias{i}": bias.repeat_interleave(4)}
+        weight, bias = fold(G.conv_out, G.bn_out)  # acts on the four kinds of pixel one by one, before they are interleaved
+        weight = torch.einsum("oi,pq->opiq", weight[:, :, 0, 0], torch.eye(4).to(weight)).flatten(2).flatten(0, 1)
+        tensors |= {"weight4": weight[:, :, None, None], "bias4": bias.repeat_interleave(4)}
+        for name, value in tensors.items():
+            self.register_buffer(name, value.detach())
+
+    def forward(self, f):
+        h = leaky(torch.addmm(self.bias0, f, self.weight0)).view(-1, 32, 5, 5)
+        h = F.pixel_shuffle(leaky(F.conv2d(h, self.weight1, self.bias1, padding=2)), 2)  # (B, 32, 14, 14)
+        h = F.pixel_shuffle(leaky(F.conv2d(h, self.weight2, self.bias2, padding=2)), 2)  # (B, 32, 32, 32)
+        h = leaky(F.conv2d(h, self.weight3, self.bias3, padding=2))  # (B, 4 * 32, 34, 34)
+        return F.pixel_shuffle(leaky(F.conv2d(h, self.weight4, self.bias4)), 2)  # (B, C, 68, 68)
+
+
+def draw(G, f, x, z):
+    """What a generator draws of the same cells: by what it takes, from f (B, F) standardised, images x in 0..1 or noise z (B, latent)."""
+    return G({"features": f, "images": x, "noise": z}[G.takes])
 
 
 def count_parameters(net):
@@ -216,32 +391,56 @@ def read_checkpoint(path, device="cpu"):
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, torch.serialization.pickle.UnpicklingError) as error:
         first = str(error).strip().split("\n")[0][:120]
         raise InputError(f"{path}: not a readable checkpoint of train.py ({first}); it may be cut short: use an older one") from None
-    if not isinstance(state, dict) or state.get("format") != "cp2image-1":
-        raise InputError(f"{path}: a torch file, but not a checkpoint of train.py (expected its key 'format' to be cp2image-1)")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"{path}: a torch file, but not a checkpoint of train.py (expected its key 'format' to be {FORMAT}; older runs are trained anew)")
     return state
 
 
 def load(path, device="cpu"):
     """A trained generator in eval mode from the checkpoint of train.py at `path`; the averaged weights, where the run kept some.
 
-    It carries `.features` (ordered names), `.centre` and `.scale` ((F,) float64 tensors), `.channels`, `.normalise`, `.image_norm`,
-    `.white` (16-bit level that image value 1 stands for; None with cell-max), `.step`, `.identity` (the training data's checksums).
+    It carries `.takes` ("features": CP2Image, for `generate`; "images"; "noise"), `.model`, `.features` (ordered names), `.centre` and
+    `.scale` ((F,) float64 tensors), `.channels`, `.normalise`, `.image_norm`, `.white` (16-bit level that image value 1 stands for; None
+    with cell-max), `.step`, `.identity` (the training data's checksums). Batch norm is folded into the kernels of the paper's generator.
     """
     state = read_checkpoint(path, device)
-    G = Generator(len(state["features"]), len(state["channels"]))
+    G, _ = build(state)
     G.load_state_dict(state["G_ema"] if state["G_ema"] is not None else state["G"])
-    for name in ("features", "channels", "normalise", "image_norm", "white", "step", "identity"):
+    takes, G = G.takes, G.to(device).eval().requires_grad_(False)
+    if isinstance(G, VAE):
+        G.decoder = Folded(G.decoder)
+    if isinstance(G, Generator):
+        G = Folded(G)
+    for name in ("model", "features", "channels", "normalise", "image_norm", "white", "step", "identity"):
         setattr(G, name, state[name])
-    G.centre, G.scale = state["centre"].double().to(device), state["scale"].double().to(device)
-    return G.to(device).eval().requires_grad_(False)
+    G.takes, G.centre, G.scale = takes, state["centre"].double().to(device), state["scale"].double().to(device)
+    return G
+
+
+def build(state):
+    """Generator and discriminator as a checkpoint describes them, without its weights."""
+    settings = state["settings"]
+    return networks(state["model"], len(state["features"]), len(state["channels"]), settings["spectral_norm"] == "on",
+                    settings["d_batch_norm"] == "on", settings["latent"])
 
 
 def load_metric(path, device="cpu"):
-    """The discriminator of the checkpoint at `path` in eval mode: the learned metric that its generator was trained by."""
+    """The discriminator of the checkpoint at `path` in eval mode, for CP2Image the learned metric; None for a model without one."""
     state = read_checkpoint(path, device)
-    D = Discriminator(len(state["channels"]), state["settings"]["spectral_norm"] == "on", state["settings"]["d_batch_norm"] == "on")
+    _, D = build(state)
+    if D is None:
+        return None
     D.load_state_dict(state["D"])
     return D.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def sample(G, n, seed=0, batch=256):
+    """n free samples of a model with a latent space (VAE, GANs): (n, C, 68, 68) in 0..1 on the CPU; a prefix does not depend on n."""
+    if G.takes == "features":
+        raise InputError("this model draws cells from their measurements, not from noise; use generate")
+    z = torch.randn(n, G.latent, generator=torch.Generator().manual_seed(seed))
+    return torch.cat([G.decode(part.to(G.centre.device)).clamp(0, 1).cpu() for part in z.split(batch)])
 
 
 def table_values(G, table):
@@ -299,7 +498,7 @@ def plate_moments(raw):
 
 
 @torch.no_grad()
-def generate(G, table, as_uint8=True, batch=256):
+def generate(G, table, as_uint8=True, batch=None):
     """One picture for each row of a table of CellProfiler measurements: (N, C, 68, 68) on the CPU, uint8, or float32 in 0..1.
 
     An export of CellProfiler (CSV folder, SQLite, one CSV) becomes such a table by data.read_table.
@@ -307,6 +506,9 @@ def generate(G, table, as_uint8=True, batch=256):
     Extra columns are ignored, with a warning that lists them; see standardise_table for what raises InputError. A cell's picture
     does not depend on which other cells are in the table (but for plate-dmso, where the plate's DMSO rows set the scale).
     """
+    if G.takes != "features":
+        raise InputError(f"a {G.model} draws from {G.takes}, not from measurements; train --model cp2image, or use its decode and sample")
     z = standardise_table(G, table)
+    batch = batch or (32 if z.device.type == "cpu" else 1024)  # fits a CPU's cache
     x = torch.cat([G(z[i:i + batch]).cpu() for i in range(0, len(z), batch)]) if len(z) else torch.empty(0, len(G.channels), SIZE, SIZE)
     return to_uint8(x) if as_uint8 else x.clamp(0, 1)

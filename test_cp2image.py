@@ -2,6 +2,7 @@
 
 LONG=1 adds checks of minutes. Every tolerance has its reason beside it.
 """
+import contextlib
 import copy
 import hashlib
 import importlib.util
@@ -188,8 +189,8 @@ LOGIT_PLACES = [(0,), (7,), (8,), (13,), (20,)]
 
 
 def released_step(G, D, opt_g, opt_d, f, x, x_real, step):
-    """One train_step -> the released code's order of losses: hidden 0..3, pixel, discriminator."""
-    terms = train.train_step(G, D, opt_g, opt_d, f, x, x_real, step)
+    """One cp2image_step -> the released code's order of losses: hidden 0..3, pixel, discriminator."""
+    terms = train.cp2image_step(G, D, opt_g, opt_d, f, x, x_real, step)
     return [*terms[5:].tolist(), terms[3].item(), terms[0].item()]
 
 
@@ -234,9 +235,10 @@ def test_whole_rule_case():
         G, D = released_pair(rule_value)
         G.train(case == "train"), D.train(case == "train")
         x_fake = G(f)
-        logit, h = D(torch.cat([x_real, x_fake, x]), n=16)
-        hidden = model.hidden_losses([m[16:] for m in h], [m[8:16] for m in h], x[0].numel())
-        loss_pix, loss_d = model.pixel_loss(x, x_fake), train.discriminator_loss(logit[:8].sigmoid(), logit[8:16].sigmoid())
+        (logit, h), (logit_x, h_x) = D(torch.cat([x_real, x_fake]), x)
+        hidden = model.hidden_losses(h_x, [m[8:] for m in h], x[0].numel())
+        loss_pix, loss_d = model.pixel_loss(x, x_fake), train.discriminator_loss(logit[:8].sigmoid(), logit[8:].sigmoid())
+        logit, h = torch.cat([logit, logit_x]), [torch.cat(pair) for pair in zip(h, h_x)]
         assert [*hidden.tolist(), loss_pix.item(), loss_d.item()] == pytest.approx(golden[case]["losses"], rel=1e-9)
         for array, name in [(x_fake, "generated"), (logit, "logits"), *((m, f"hidden{k}") for k, m in enumerate(h))]:
             array = array.detach().numpy()
@@ -286,7 +288,8 @@ def test_forward_of_the_released_weights(case):
     x, x_real = (data.scale_images(nchw(weights[name]), "cell-max") for name in ("in_images_u16", "in_real_u16"))
     with torch.no_grad():
         x_fake = G(torch.from_numpy(weights["in_cp"].astype(np.float64)))
-        logit, h = D(torch.cat([x_real, x_fake, x]), n=16)
+        (logit, h), (logit_x, h_x) = D(torch.cat([x_real, x_fake]), x)
+    logit, h = torch.cat([logit, logit_x]), [torch.cat(pair) for pair in zip(h, h_x)]
     hidden = model.hidden_losses([m[16:] for m in h], [m[8:16] for m in h], x[0].numel())
     stored = 1e-6  # arrays are stored as float32
     assert np.abs(x_fake.numpy() - golden[f"{case}/generated"].transpose(0, 3, 1, 2)).max() < stored * np.abs(golden[f"{case}/generated"]).max()
@@ -825,7 +828,7 @@ def judged(tmp_path_factory):
         G, D = model.Generator(len(folder.features)), model.Discriminator()
         (top / name).mkdir()
         identity = folder.identity() if name != "foreign" else dict.fromkeys(folder.identity(), "0")
-        state = {"format": "cp2image-1", "model": "cp2image", "step": 7, "features": folder.features, "channels": folder.channels, "centre": folder.centre,
+        state = {"format": model.FORMAT, "model": "cp2image", "step": 7, "features": folder.features, "channels": folder.channels, "centre": folder.centre,
                  "scale": folder.scale, "normalise": "train", "image_norm": "percentile" if "percentile" in name else "cell-max", "white": folder.white, "G": G.state_dict(), "G_ema": None, "D": D.state_dict(),
                  "settings": {**vars(train.parse(["--data", "x"])), "seed": seed}, "identity": identity}
         torch.save(state, top / name / "last.pt")
@@ -968,8 +971,12 @@ def test_fast_layers_are_the_plain_ones():
     torch.manual_seed(0)
     f, w0 = torch.randn(3, 7, dtype=torch.float64), torch.randn(4, 7, 5, 5, dtype=torch.float64, requires_grad=True)
     h, w1 = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True), torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
-    pairs = [(model.spread_vector(f, w0), F.conv2d(f[:, :, None, None], w0, padding=4), [w0]),
-             (model.double_and_convolve(h, w1), F.conv2d(F.interpolate(h, scale_factor=2), w1, padding=4), [h, w1])]
+    both = []
+    for context in (contextlib.nullcontext, train.plain_layers):
+        with context():
+            both.append([model.spread_vector(f, w0), model.double_and_convolve(h, w1), model.double_and_convolve(h, w1, 2)])
+    assert both[0][1].shape == (2, 4, 14, 14) and both[0][2].shape == (2, 4, 10, 10)
+    pairs = [(*pair, inputs) for *pair, inputs in zip(*both, [[w0], [h, w1], [h, w1]])]
     for fast, plain, inputs in pairs:
         assert (fast - plain).abs().max() < 1e-12
         seed = torch.randn_like(plain)
@@ -977,27 +984,62 @@ def test_fast_layers_are_the_plain_ones():
             assert (a - b).abs().max() < 1e-11
 
 
-@pytest.mark.parametrize("n", [4, 6])
-def test_batch_norm_is_the_plain_formula(n):
+def test_batch_norm_is_the_plain_formula():
+    """Moments of x alone, `follow` normalised by them: values, all gradients of both outputs, and of each alone (the fused kernel's path)."""
     torch.manual_seed(0)
     bn = model.BatchNorm(3).double()
     bn.weight.data = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
-    x, seed = torch.randn(6, 3, 5, 4, dtype=torch.float64, requires_grad=True), torch.randn(6, 3, 5, 4, dtype=torch.float64)
-    var, mean = torch.var_mean(x[:n], (0, 2, 3), correction=0)
-    plain = (x - mean[:, None, None]) / (var + 1e-8).sqrt()[:, None, None] * bn.weight[:, None, None] + bn.bias[:, None, None]
-    fast = bn(x, n)
-    assert (fast - plain).abs().max() < 1e-12
-    for a, b in zip(torch.autograd.grad(fast, [x, bn.weight, bn.bias], seed), torch.autograd.grad(plain, [x, bn.weight, bn.bias], seed)):
-        assert (a - b).abs().max() < 1e-11
+    x, follow = (torch.randn(n, 3, 5, 4, dtype=torch.float64, requires_grad=True) for n in (4, 2))
+    seeds = torch.randn_like(x), torch.randn_like(follow)
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    fast = bn(x, follow)
     assert torch.allclose(bn.running_var, 0.9 + 0.1 * var) and torch.allclose(bn.running_mean, 0.1 * mean)  # biased
+    with train.plain_layers():
+        plain = bn(x, follow)
+    assert model.normalise == model.Normalise.apply  # what plain_layers replaced is back
+    for a, b in zip(fast, plain):
+        assert (a - b).abs().max() < 1e-12
+    for which in ([0, 1], [0], [1]):
+        inputs = [x, bn.weight, bn.bias] + [follow] * (1 in which)
+        pair = [torch.autograd.grad([out[k] for k in which], inputs, [seeds[k] for k in which], retain_graph=True) for out in (fast, plain)]
+        for a, b in zip(*pair):
+            assert (a - b).abs().max() < 1e-11
+    assert (bn(x) - fast[0]).abs().max() == 0  # nothing follows
     bn.eval()
     assert torch.allclose(bn(x), (x - bn.running_mean[:, None, None]) / (bn.running_var + 1e-8).sqrt()[:, None, None] * bn.weight[:, None, None])
+    assert torch.allclose(bn(x, follow)[1], bn(follow))
+
+
+def test_the_fast_step_is_the_plain_one():
+    """Gradients of a whole step in float64, as it runs by default and with the plain layers: the same function."""
+    f, x, x_real = rule_batch()
+    found = []
+    for context in (contextlib.nullcontext, train.plain_layers):
+        G, D = released_pair(rule_value)
+        with context():
+            loss_pix, hidden, loss_d, *_ = train.losses(G, D, f, x, x_real)
+            found.append([*torch.autograd.grad(loss_pix + hidden.sum(), list(G.parameters()), retain_graph=True),
+                          *torch.autograd.grad(loss_d, list(D.parameters()))])
+    for a, b in zip(*found):
+        assert (a - b).abs().max() <= 1e-11 * max(1, b.abs().max())
+
+
+def test_folded_generator_is_the_plain_one():
+    torch.manual_seed(0)
+    G = model.Generator(7, 2).double()
+    for bn in (m for m in G.modules() if isinstance(m, model.BatchNorm)):
+        for value in (bn.weight, bn.bias, bn.running_mean):
+            value.data.normal_()
+        bn.running_var.uniform_(0.5, 2)
+    f = torch.randn(3, 7, dtype=torch.float64)
+    with torch.no_grad():
+        assert (G.eval()(f) - model.Folded(G)(f)).abs().max() < 1e-11
 
 
 def test_hidden_ramp():
-    assert train.hidden_weights(2500, 2500) == [0, 0, 0, 0]
-    assert train.hidden_weights(6000, 2500) == pytest.approx([1, 0.4, 0, 0])
-    assert train.hidden_weights(20000, 2500) == [1, 1, 1, 1] == train.hidden_weights(0, 0)
+    assert train.hidden_weights(2500, 2500).tolist() == [0, 0, 0, 0]
+    assert train.hidden_weights(6000, 2500).tolist() == train.hidden_weights(torch.tensor(6000), 2500).tolist() == pytest.approx([1, 0.4, 0, 0])
+    assert train.hidden_weights(20000, 2500).tolist() == [1, 1, 1, 1] == train.hidden_weights(0, 0).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1376,7 +1418,7 @@ def test_overfits_one_batch(folder_path):
     folder = data.open_folder(folder_path)
     G, D, opt_g, opt_d = fresh()
     f, x = train.load_batch(folder, folder.rows("train")[:8], "cell-max", "cpu")
-    terms = [train.train_step(G, D, opt_g, opt_d, f, x, x, step, ramp=2500) for step in range(40)]
+    terms = [train.cp2image_step(G, D, opt_g, opt_d, f, x, x, step, ramp=2500) for step in range(40)]
     first, last = terms[0][3], torch.stack(terms[-5:])[:, 3].mean()
     assert last < 0.15 * first, (first, last)
     shuffled = model.pixel_loss(x.roll(1, 0), train.losses(G, D, f, x, x)[5])
@@ -1394,7 +1436,7 @@ def test_what_each_optimiser_moves(order, folder_path):
         optimiser.param_groups[0]["lr"] = 0.0
         before = {k: v.clone() for k, v in net.named_parameters()}
         other = copy.deepcopy((D if still == "G" else G).state_dict())
-        train.train_step(G, D, opt_g, opt_d, f, x, x.flip(0), 0, order=order)
+        train.cp2image_step(G, D, opt_g, opt_d, f, x, x.flip(0), 0, order=order)
         for k, v in net.named_parameters():
             assert torch.equal(v, before[k] * (1 - 1e-4) if v.ndim == 4 else before[k])
         assert any(not torch.equal(v, other[k]) for k, v in (D if still == "G" else G).named_parameters())
@@ -1406,7 +1448,7 @@ def test_the_orders_differ_in_the_discriminator_only(folder_path):
     states = []
     for order in ("shared", "alternate"):
         G, D, opt_g, opt_d = fresh()
-        train.train_step(G, D, opt_g, opt_d, f, x, x.flip(0), 0, order=order)
+        train.cp2image_step(G, D, opt_g, opt_d, f, x, x.flip(0), 0, order=order)
         states.append((G.conv1.weight.detach(), D.conv0.parametrizations.weight.original.detach()))
     assert torch.allclose(states[0][0], states[1][0]) and not torch.allclose(states[0][1], states[1][1], atol=1e-7)
 
@@ -1454,7 +1496,7 @@ def test_what_a_run_leaves(folder_path, run_path):
     assert {p.name for p in run_path.iterdir()} == {"last.pt", "best.pt", "log.csv", "args.json", "samples"}  # and nothing temporary
     assert [p.name for p in (run_path / "samples").iterdir()] == ["step000004.png"]
     log = pd.read_csv(run_path / "log.csv")
-    assert list(log.columns) == train.LOG_COLUMNS and log["step"].tolist() == [1, 2, 3, 4] and log["val_pix"].notna().tolist() == [False, True, False, True]
+    assert list(log.columns) == ["step", *train.TERMS["cp2image"], "cells_per_s", *train.VALIDATION] and log["step"].tolist() == [1, 2, 3, 4] and log["val_pix"].notna().tolist() == [False, True, False, True]
     assert json.loads((run_path / "args.json").read_text())["seed"] == 0
     state, best = model.read_checkpoint(run_path / "last.pt"), model.read_checkpoint(run_path / "best.pt")
     assert best["best"] == pytest.approx(log["val_pix"].min(), rel=1e-5) and "opt_g" not in best
@@ -1544,7 +1586,10 @@ def test_mistakes_end_in_one_line(tmp_path):
 def test_bench_prints_and_writes_nothing(folder_path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main(["--data", str(folder_path), "--bench", "2", "--batch", "6", "--device", "cpu"])
-    assert re.search(r"median [\d.]+ ms a step, \d+ cells/s", capsys.readouterr().out) and not list(tmp_path.iterdir())
+    said = capsys.readouterr().out
+    for name in ("these flags", "plain eager layers"):
+        assert re.search(name + r": [\d.]+ ms a step \(median of 2\), \d+ cells/s, [\d.]+ times the first", said)
+    assert "peak memory" in said and not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
