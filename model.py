@@ -414,7 +414,7 @@ def load(path, device="cpu"):
     for name in ("model", "features", "channels", "normalise", "image_norm", "white", "step", "identity"):
         setattr(G, name, state[name])
     G.takes, G.centre, G.scale = takes, state["centre"].double().to(device), state["scale"].double().to(device)
-    return G
+    return G.eval()
 
 
 def build(state):

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import itertools
 import json
 import os
 import resource
@@ -219,43 +220,49 @@ def load_batch(folder, rows, image_norm, device):
     """Standardised features (B, F) and images (B, C, H, W) in 0..1 of the given rows, on the device; patches travel as 16-bit integers."""
     pin = torch.Tensor.pin_memory if torch.device(device).type == "cuda" else (lambda v: v)
     f = pin(model.standardise(*folder.measurements(rows))).to(device, non_blocking=True)
-    patches = pin(torch.from_numpy(folder.patches[rows].view(np.int16))).to(device, non_blocking=True)
-    return f, scaled(patches, folder, image_norm)
+    patches = pin(as_int16(folder, rows)).to(device, non_blocking=True)
+    return f, scaled(patches, image_norm, folder.white)
 
 
-def scaled(patches, folder, image_norm):
-    """Patches (B, C, H, W), uint16 in the bits of int16 (few operations take uint16) -> float32 in 0..1."""
-    return data.scale_images((patches.int() & 0xFFFF).float(), image_norm, folder.white)
+def as_int16(folder, rows):
+    """Raw patches (B, C, H, W), their 16 bits as int16: on a GPU few operations take uint16."""
+    return torch.from_numpy(folder.patches[rows].view(np.int16))
+
+
+def scaled(patches, image_norm, white):
+    """Patches of as_int16, on any device -> float32 in 0..1."""
+    return data.scale_images((patches.int() & 0xFFFF).float(), image_norm, white)
 
 
 class Resident:
     """A folder copied to the device once: patches as 16-bit integers, standardised features; called with row numbers (B,) there."""
 
     def __init__(self, folder, image_norm, device):
-        parts = [slice(i, i + 4096) for i in range(0, len(folder), 4096)]
+        self.image_norm, self.white = image_norm, torch.tensor(folder.white, device=device)
         self.patches = torch.empty(folder.patches.shape, dtype=torch.int16, device=device)
         self.f = torch.empty(folder.raw.shape, device=device)
-        for part in parts:
-            self.patches[part] = torch.from_numpy(folder.patches[part].view(np.int16).copy()).to(device)
-            self.f[part] = model.standardise(*folder.measurements(np.arange(len(folder))[part])).to(device)
-        self.scaled = lambda patches: scaled(patches, folder, image_norm)
-
-    @staticmethod
-    def size(folder):
-        return folder.patches.nbytes + 4 * folder.raw.size  # bytes
+        for start in range(0, len(folder), 4096):
+            rows = np.arange(start, min(start + 4096, len(folder)))
+            self.patches[start:start + 4096] = as_int16(folder, rows).to(device)
+            self.f[start:start + 4096] = model.standardise(*folder.measurements(rows)).to(device)
 
     def __call__(self, rows):
-        return self.f[rows], self.scaled(self.patches[rows])
+        return self.f[rows], scaled(self.patches[rows], self.image_norm, self.white)
+
+
+def bytes_of(folder):
+    """What Resident takes."""
+    return folder.patches.nbytes + 4 * folder.raw.size
 
 
 class Ahead:
     """load(step) worked out in threads some steps before it is asked for: reading the memory map overlaps the device's work."""
 
-    def __init__(self, load, last, threads=4):
-        self.load, self.last, self.pool, self.coming = load, last, ThreadPoolExecutor(threads), {}
+    def __init__(self, load, threads=4):
+        self.load, self.pool, self.coming = load, ThreadPoolExecutor(threads), {}
 
     def __call__(self, step):
-        for s in range(step, min(step + 8, self.last)):
+        for s in range(step, step + 8):
             if s not in self.coming:
                 self.coming[s] = self.pool.submit(self.load, s)
         return self.coming.pop(step).result()
@@ -346,7 +353,7 @@ def keep_rows(path, step):
 
 def load_optimiser(opt, state, device):
     """An optimiser's state, but for what belongs to this machine: the kind of its learning rate and where Adam counts its steps."""
-    own = [{k: group[k] for k in ("lr", "capturable") if k in group} for group in opt.param_groups]
+    own = [{k: group[k] for k in ("lr", "capturable", "fused") if k in group} for group in opt.param_groups]
     opt.load_state_dict(state)
     for group, values in zip(opt.param_groups, own):
         group.update(values)
@@ -462,22 +469,23 @@ def bench(n, batch_of, steppers, opts, cells, device):
         wait()
         return 1000 * (time.perf_counter() - start), result
 
-    times = {name: [] for name in steppers}
+    times, peak, batches = {name: [] for name in steppers}, 0, itertools.count()
     for i in range(n + 5):
         for name, (context, step) in steppers.items():
             with context():
-                loading, batch = clock(batch_of, i)
+                loading, batch = clock(batch_of, next(batches))
                 stepping, _ = clock(step, i, batch)
-                updating, _ = clock(lambda: [opt.step() for opt in opts])  # once more, alone: on a copy's gradients it does no harm
+                updating, _ = clock(lambda: [opt.step() for opt in opts])  # once more, alone
             times[name].append((loading + stepping, loading, updating))
+            if not peak:  # the first step of these flags: nothing else has run yet
+                peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     first = None
     for name, rows in times.items():
         total, loading, updating = (statistics.median(column) for column in zip(*rows[5:]))
         first = first or total
         print(f"bench  {name}: {total:.2f} ms a step (median of {n}), {1000 * cells / total:.0f} cells/s, {total / first:.2f} times the first; "
               f"batch {loading / total:.0%}, updates {updating / total:.0%}, forward and backward {1 - (loading + updating) / total:.0%}")
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"bench  peak memory {peak / 2 ** 30:.2f} GiB {'on the device' if device.type == 'cuda' else 'of the process'}, of all together")
+    print(f"bench  peak memory {peak / 2 ** 30:.2f} GiB {'on the device' if device.type == 'cuda' else 'of the process'}")
 
 
 def main(argv=None):
@@ -518,10 +526,11 @@ def main(argv=None):
     G, D = G.to(device), None if D is None else D.to(device)
     G_ema = copy.deepcopy(G) if args.ema else None
     rate = lambda lr: torch.tensor(lr, device=device) if graph else lr  # a graph reads it anew each time
-    adam = partial(torch.optim.Adam, betas=(0.5 if is_gan else 0.9, 0.999), eps=1e-8 if is_gan else 1e-7, capturable=graph)
+    fused = device.type == "cuda"  # one kernel for all parameters
+    adam = partial(torch.optim.Adam, betas=(0.5 if is_gan else 0.9, 0.999), eps=1e-8 if is_gan else 1e-7, capturable=graph, fused=fused)
     opt_g, opt_d = adam(G.parameters(), lr=rate(args.lr_g)), None
     if D is not None:
-        opt_d = adam(D.parameters(), lr=rate(args.lr_d)) if is_gan else torch.optim.SGD(D.parameters(), lr=rate(args.lr_d), momentum=0.9)
+        opt_d = adam(D.parameters(), lr=rate(args.lr_d)) if is_gan else torch.optim.SGD(D.parameters(), rate(args.lr_d), 0.9, fused=fused)
     opts = [(opt, lr) for opt, lr in ((opt_g, args.lr_g), (opt_d, args.lr_d)) if opt]
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     if args.compile:
@@ -530,7 +539,7 @@ def main(argv=None):
 
     # Where batches come from
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    resident = args.resident == "on" or args.resident == "auto" and Resident.size(folder) < 0.7 * free
+    resident = args.resident == "on" or args.resident == "auto" and bytes_of(folder) < 0.7 * free
     if resident and device.type != "cuda":
         raise data.InputError("--resident on needs a CUDA device; leave it at auto")
     draw = lambda step: np.concatenate([sampler.draw(args.seed, step, 2 * rank + stream) for stream in (0, 1)])
@@ -539,7 +548,7 @@ def main(argv=None):
         read = lambda step: (torch.from_numpy(draw(step)).pin_memory().to(device, non_blocking=True),)
     else:
         gather, read = (lambda f, x: (f, x)), lambda step: load_batch(folder, draw(step), args.image_norm, device)
-        read = Ahead(read, args.bench + 5 if args.bench else args.steps) if device.type == "cuda" else read
+        read = Ahead(read) if device.type == "cuda" else read
 
     say(f"data   {args.data}: {len(folder)} cells, {len(train_rows)} train, {len(val_rows)} val, {len(folder.features)} features, "
         f"{len(sampler.count)} treatments in training, normalise {folder.normalise}, images {args.image_norm}")
@@ -613,7 +622,7 @@ def main(argv=None):
                 net.load_state_dict(state[saved])
         for opt, saved in ((opt_g, "opt_g"), (opt_d, "opt_d")):
             if opt is not None:
-                load_optimiser(opt, state[saved], device if graph else "cpu")
+                load_optimiser(opt, state[saved], device)
         scaler.load_state_dict(state["scaler"])
         step, best = state["step"], state["best"]
         say(f"resume {last} at step {step}", flush=True)
