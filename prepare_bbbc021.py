@@ -89,10 +89,8 @@ LOWER_DOSES = [("latrunculin B", 1, 0.6), ("taxol", 0.03, 0.5)]  # compound, uM,
 
 
 def simulated_plates(seed):
-    """The layout: a frame with one row a well (plate, well, replicate, compound, concentration, moa, strength) of 4 weeks x 3 plates.
-
-    As in BBBC021 a compound lives in one week, on three replicate plates; each plate has three DMSO wells.
-    """
+    """One row a well (plate, well, replicate, compound, concentration, moa, strength) of 4 weeks x 3 plates with 3 DMSO wells each.
+    As in BBBC021 a compound lives in one week, on three replicate plates."""
     wells = []
     for week in range(4):
         here = []
@@ -118,14 +116,12 @@ def simulate_table(n, seed):
     fields["field"] = fields["plate"] + "_" + fields["well"] + "_s" + fields["site"]
     share = np.diff(np.linspace(0, n, len(fields) + 1).round().astype(int))  # cells of each field
     cells = fields.loc[fields.index.repeat(share)].reset_index(drop=True)
-    number = np.concatenate([np.arange(k) for k in share]) if n else np.zeros(0, int)
-    cells["cell"] = cells["field"] + "_" + pd.Series(number).astype(str)
+    cells["cell"] = cells["field"] + "_" + cells.groupby("field").cumcount().astype(str)
     cells[["x", "y"]] = np.concatenate([scatter(k, [seed, 2, i]) for i, k in enumerate(share)])
 
     random = np.random.default_rng([seed, 3])
-    gain = dict(zip(sorted(set(cells["plate"])), np.exp(random.normal(0, 0.12, (12, 3)))))  # staining and lamp, per plate and channel
-    gains = np.stack(cells["plate"].map(gain).to_list())
-    well_effect = random.normal(0, 0.03, (len(wells), len(PARAMETERS)))[wells.index.repeat(sites).repeat(share)]  # log, shared by a well's cells
+    gain = np.exp(random.normal(0, 0.12, (12, 3)))[pd.factorize(cells["plate"], sort=True)[0]]  # staining and lamp, per plate and channel
+    well_effect = random.normal(0, 0.03, (len(wells), len(PARAMETERS)))[wells.index.repeat(sites).repeat(share)]  # log, per well
     table = pd.DataFrame(index=cells.index)
     for j, (name, (centre, spread)) in enumerate(PARAMETERS.items()):
         z = np.clip(random.normal(size=n), -2.5, 2.5)
@@ -136,15 +132,16 @@ def simulate_table(n, seed):
         elif str(spread).startswith("+"):
             table[name] = np.clip(centre + float(spread) * z, 0.1, 0.92)
         else:
-            factor = cells["moa"].map({m: effect.get(name, effect.get(short(name), 1.0)) for m, (_, _, effect) in MECHANISMS.items()}).fillna(1.0)
-            value = centre * factor ** cells["strength"] * np.exp(spread * z + well_effect[:, j])
-            colour = [c for c in range(3) if name.endswith(CHANNELS[c])]
-            table[name] = value * gains[:, colour[0]] if colour else value
+            factor = cells["moa"].map({m: effect.get(short(name), 1.0) for m, (_, _, effect) in MECHANISMS.items()}).fillna(1.0)
+            table[name] = centre * factor ** cells["strength"] * np.exp(spread * z + well_effect[:, j])
+            for c, channel in enumerate(CHANNELS):
+                if name.endswith(channel):
+                    table[name] *= gain[:, c]
     return cells, with_derived(table, random.normal(size=(n, len(NOISE_COLUMNS))))
 
 
 def short(name):
-    """'Cytoplasm_Intensity_StdIntensity_Actin' -> 'Std_Actin', the key used in MECHANISMS."""
+    """'Cytoplasm_Intensity_StdIntensity_Actin' -> 'Std_Actin', the key used in MECHANISMS; other names stay."""
     return re.sub(r".*_(Mean|Std)Intensity_", r"\1_", name)
 
 
@@ -186,13 +183,10 @@ def scatter(k, seed):
 def draw_cells(table, offset, seed, window=WINDOW):
     """Draws each row of `table` (the columns of PARAMETERS) alone, without background: pictures (N, 3, window, window) float32 in
     CellProfiler's 0..1, and how much of each pixel the cell covers (N, window, window).
-
     `offset` (N, 2): row and column of the nucleus' centre from the middle of the window, pixels. `seed`: what the parameters leave open
-    (fibres, texture, the outline's bumps). Mean and standard deviation of the intensities are exact over the drawn compartments.
-    """
-    random = np.random.default_rng(seed)
-    n = len(table)
-    p = {name: table[name].to_numpy(np.float64)[:, None, None] for name in PARAMETERS}
+    (fibres, texture, the outline's bumps). Mean and standard deviation of the intensities are exact over the drawn compartments."""
+    random, n = np.random.default_rng(seed), len(table)
+    p = {short(name): table[name].to_numpy(np.float64)[:, None, None] for name in PARAMETERS}
     grid = np.arange(window) - (window - 1) / 2
     row = grid[None, :, None] - offset[:, 0, None, None]
     col = grid[None, None, :] - offset[:, 1, None, None]
@@ -229,24 +223,24 @@ def draw_cells(table, offset, seed, window=WINDOW):
     cytoplasm = cell * (1 - nucleus)
 
     # -|waves| is bright along lines: filaments
-    dapi = fill(nucleus, -np.abs(waves(4, 12, 26)) - 1.2 * q_nucleus ** 2, p["Nuclei_Intensity_MeanIntensity_DAPI"], p["Nuclei_Intensity_StdIntensity_DAPI"])
+    dapi = fill(nucleus, -np.abs(waves(4, 12, 26)) - 1.2 * q_nucleus ** 2, p["Mean_DAPI"], p["Std_DAPI"])
     fibres = -0.5 * np.abs(waves(3, 16, 34)) - 0.35 * np.abs(waves(3, 9, 16))
-    tubulin = fill(cytoplasm, fibres - 2.5 * q_cell, p["Cytoplasm_Intensity_MeanIntensity_Tubulin"], p["Cytoplasm_Intensity_StdIntensity_Tubulin"])
-    tubulin = tubulin * cytoplasm + 0.8 * p["Cytoplasm_Intensity_MeanIntensity_Tubulin"] * nucleus
+    tubulin = fill(cytoplasm, fibres - 2.5 * q_cell, p["Mean_Tubulin"], p["Std_Tubulin"])
+    tubulin = tubulin * cytoplasm + 0.8 * p["Mean_Tubulin"] * nucleus
     rim = np.exp(-((1 - q_cell) * np.sqrt(whole / np.pi) / 3.5) ** 2)
-    actin = fill(cytoplasm, 1.5 * rim - 0.4 * np.abs(waves(3, 10, 30)), p["Cytoplasm_Intensity_MeanIntensity_Actin"], p["Cytoplasm_Intensity_StdIntensity_Actin"])
-    actin = actin * cytoplasm + 0.7 * p["Cytoplasm_Intensity_MeanIntensity_Actin"] * nucleus
+    actin = fill(cytoplasm, 1.5 * rim - 0.4 * np.abs(waves(3, 10, 30)), p["Mean_Actin"], p["Std_Actin"])
+    actin = actin * cytoplasm + 0.7 * p["Mean_Actin"] * nucleus
     return np.stack([dapi * nucleus, tubulin, actin], 1).astype(np.float32), cell.astype(np.float32)
 
 
 def render(table, seed=0):
-    """The simulator as a perfect generator: rows of true parameters -> (N, 3, 68, 68) float32 in CellProfiler's 0..1, cell centred, no noise."""
+    """The simulator as a perfect generator: true parameters -> (N, 3, 68, 68) float32 in CellProfiler's 0..1, cell centred, no noise."""
     x, _ = draw_cells(table, np.zeros((len(table), 2)), seed, SIZE)
     return x + np.array(BACKGROUND, np.float32)[:, None, None]
 
 
 def simulate_field(table, x, y, seed):
-    """One field of simulated cells at x (columns) and y (rows), pixels -> (3, H, W) uint16, 12-bit values in the high bits, as BBBC021."""
+    """Simulated cells at x (columns) and y (rows), pixels -> a field (3, H, W) uint16, 12-bit values in the high bits, as BBBC021."""
     middle = (WINDOW - 1) / 2
     r0, c0 = np.floor(y - middle).astype(int), np.floor(x - middle).astype(int)
     drawn, covers = draw_cells(table, np.stack([y - r0 - middle, x - c0 - middle], 1), seed)
@@ -262,10 +256,7 @@ def simulate_field(table, x, y, seed):
 
 
 def cut(field, x, y):
-    """Crops (n, C, 68, 68) uint16 of a field's C channels (H, W) around x (columns) and y (rows): the centre's pixel is number 34.
-
-    All must lie inside.
-    """
+    """Crops (n, C, 68, 68) uint16 of a field's C channels (H, W) around x (columns) and y (rows), all inside: the centre's pixel is number 34."""
     patches = np.empty((len(x), len(field), SIZE, SIZE), np.uint16)
     for patch, r, c in zip(patches, np.floor(y).astype(int) - SIZE // 2, np.floor(x).astype(int) - SIZE // 2):
         for k, channel in enumerate(field):
@@ -275,13 +266,11 @@ def cut(field, x, y):
 
 def write_release(folder, cells, table, seed):
     """The simulated fields as BBBC021 and CellProfiler write them: images/, BBBC021_v1_image.csv and _moa.csv, cellprofiler/*.csv.
-
-    As in real exports the numbers of cells and cytoplasms are not those of their nuclei: Parent_ columns tell. Returns the count of fields.
-    """
+    As in real exports the numbers of cells and cytoplasms are not those of their nuclei: Parent_ columns tell. Returns the count of fields."""
     folder, export = Path(folder), Path(folder) / "cellprofiler"
     export.mkdir(parents=True)
-    starts = first_rows(cells["field"])
-    fields = cells.iloc[starts].reset_index(drop=True)
+    per_field = cells.groupby("field", sort=False)
+    fields = per_field.head(1).reset_index(drop=True)
     image = pd.DataFrame({"TableNumber": 0, "ImageNumber": np.arange(len(fields)) + 1})
     for name, file in zip(CHANNELS, ("w1", "w2", "w4")):
         image[f"Image_FileName_{name}"] = fields["field"] + f"_{file}.tif"
@@ -294,31 +283,21 @@ def write_release(folder, cells, table, seed):
     moa = fields[["compound", "concentration", "moa"]].drop_duplicates()
     moa.to_csv(folder / "BBBC021_v1_moa.csv", index=False, lineterminator="\r")  # as the real one
 
-    for i, (a, b) in enumerate(zip(starts, np.append(starts[1:], len(cells)))):
-        pixels = simulate_field(table.iloc[a:b], cells["x"].to_numpy()[a:b], cells["y"].to_numpy()[a:b], [seed, 5, int(a)])
+    for i, (_, own) in enumerate(per_field):
+        pixels = simulate_field(table.loc[own.index], own["x"].to_numpy(), own["y"].to_numpy(), [seed, 5, own.index[0]])
         path = folder / "images" / image["Image_PathName_DAPI"][i]
         path.mkdir(parents=True, exist_ok=True)
         for name, channel in zip(CHANNELS, pixels):
             Image.fromarray(channel).save(path / image[f"Image_FileName_{name}"][i], format="TIFF")
     own = image.filter(regex="FileName|PathName|ImageNumber")
     own.rename(columns=lambda c: c.removeprefix("Image_")).to_csv(export / "Image.csv", index=False)
-    per_field = cells.groupby("field", sort=False)
     nucleus, last = per_field.cumcount() + 1, per_field["cell"].transform("size")
-    numbers = {"Nuclei": nucleus, "Cells": last + 1 - nucleus, "Cytoplasm": nucleus % last + 1}
-    for name, number in numbers.items():
-        own = pd.DataFrame({"ImageNumber": np.repeat(np.arange(len(fields)) + 1, per_field.size()), "ObjectNumber": number})
-        if name == "Nuclei":
-            own["Location_Center_X"], own["Location_Center_Y"] = cells["x"], cells["y"]
-        else:
-            own["Parent_Nuclei"] = nucleus
+    for name, number in (("Nuclei", nucleus), ("Cells", last + 1 - nucleus), ("Cytoplasm", nucleus % last + 1)):
+        own = pd.DataFrame({"ImageNumber": per_field.ngroup() + 1, "ObjectNumber": number})
+        own = own.assign(**{"Location_Center_X": cells["x"], "Location_Center_Y": cells["y"]} if name == "Nuclei" else {"Parent_Nuclei": nucleus})
         measured = table.filter(regex=f"^{name}_").rename(columns=lambda c: c.removeprefix(name + "_"))
         pd.concat([own, measured], axis=1).sort_values(["ImageNumber", "ObjectNumber"]).to_csv(export / f"{name}.csv", index=False)
     return len(fields)
-
-
-def first_rows(field):
-    """Where each run of one field's cells begins: (k,) row numbers."""
-    return np.flatnonzero(field.ne(field.shift()))
 
 
 def simulated_unit(unit):
@@ -335,11 +314,11 @@ CROPS_AT_ONCE = 256  # files in a unit of work
 
 
 def complete_cells(cells, moa=None):
-    """Fills the columns of cells.csv from what is there: text columns, float concentrations, site, mechanism; returns (cells, report lines)."""
+    """Fills the columns of cells.csv from what is there: text, concentrations, site, mechanism; returns (cells, report lines)."""
     report = []
     if "concentration" in cells:
         cells["concentration"] = [concentration(str(v), f"cell {c}") for c, v in zip(cells["cell"], cells["concentration"])]
-    if "site" not in cells and "field" in cells:
+    if "site" not in cells:
         cells["site"] = cells["field"].str.extract(r"_s(\d+)(?:_|$)", expand=False).fillna("unknown")
     for name in CELL_COLUMNS[:-1]:
         if name not in cells:
@@ -349,10 +328,8 @@ def complete_cells(cells, moa=None):
             if name not in ("cell", "moa") and (missing := int((cells[name] == "unknown").sum())):
                 report.append(f"{missing} cells have no {name}: set to 'unknown'")
     if moa is not None:
-        found = [moa.get(pair) for pair in zip(cells["compound"], cells["concentration"])]
-        cells["moa"] = [m if m is not None else ("DMSO" if c == "DMSO" else "unknown") for m, c in zip(found, cells["compound"])]
-    cells.loc[cells["compound"] == "DMSO", "moa"] = "DMSO"
-    cells.loc[cells["compound"] == "DMSO", "concentration"] = 0.0
+        cells["moa"] = [moa.get(pair, "unknown") for pair in zip(cells["compound"], cells["concentration"])]
+    cells.loc[cells["compound"] == "DMSO", ["moa", "concentration"]] = "DMSO", 0.0
     if without := int((cells["moa"] == "unknown").sum()):
         report.append(f"{without} cells have no mechanism: set to 'unknown'")
     return cells[CELL_COLUMNS[:-1]], report
@@ -360,9 +337,7 @@ def complete_cells(cells, moa=None):
 
 def crops_table(folder, features, keep=None, moa=None):
     """Joins the crops' metadata with the table of measurements, reading only the keys: (cells, feature names, dropped, pieces, report).
-
-    `pieces` (see data.fill_features): where the rows of the table of measurements belong; their values are read later, in chunks.
-    """
+    `pieces` (see data.fill_features): where the rows of the table of measurements belong; their values are read later, in chunks."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of crops")
@@ -371,41 +346,37 @@ def crops_table(folder, features, keep=None, moa=None):
         raise InputError(f"{features}: no key column {KEY!r} (the crop's file name), found {columns[:3]}, ...")
     names, dropped, other = sort_columns(columns, keep)
     if not names:
-        raise InputError(f"{features}: no feature column; expected names like Nuclei_AreaShape_Area" + (f" that match --columns {keep}" if keep else ""))
+        kept = f" that match --columns {keep}" if keep else ""
+        raise InputError(f"{features}: no feature column; expected names like Nuclei_AreaShape_Area{kept}")
     keys = read_csv(features, usecols=[KEY], dtype=str)[KEY]
-    if keys.duplicated().any():
-        raise InputError(f"{features}: key {keys[keys.duplicated()].iloc[0]!r} stands in more than one row; each cell needs one row")
     report = [f"{features}: {len(keys)} rows; {len(names)} features, {len(dropped)} columns set aside; metadata columns: {', '.join(other)}"]
 
-    metadata = folder / "metadata.csv"
-    if metadata.is_file():
-        table = read_csv(metadata, dtype=str)
-        if KEY not in table:
-            raise InputError(f"{metadata}: no column {KEY!r}, found {list(table.columns)}")
-        source = metadata
-    else:
-        table, source = read_csv(features, usecols=other, dtype=str), features
+    source = folder / "metadata.csv"
+    if not source.is_file():
         report.append(f"{folder}: no metadata.csv; plate, well and treatment are taken from {features} where it has them")
-    if table[KEY].duplicated().any():
-        raise InputError(f"{source}: {KEY} {table[KEY][table[KEY].duplicated()].iloc[0]!r} stands in more than one row")
+        source = features
+    table = read_csv(source, dtype=str, usecols=other if source == features else None)
+    if KEY not in table:
+        raise InputError(f"{source}: no column {KEY!r}, found {list(table.columns)}")
+    for path, key in ((features, keys), (source, table[KEY])):
+        if (twice := key.duplicated()).any():
+            raise InputError(f"{path}: {KEY} {key[twice].iloc[0]!r} stands in more than one row; each cell needs one row")
     cells = data.annotate(table)
-    place = pd.Series(np.arange(len(keys)), index=keys)
-    row = cells["cell"].map(place)
-    for count, first, text in [(row.isna().sum(), cells["cell"][row.isna()], f"cells of {source} have no row in {features}"),
-                               ((~keys.isin(cells["cell"])).sum(), keys[~keys.isin(cells["cell"])], f"rows of {features} have no cell in {source}")]:
-        if count:
-            report.append(f"{count} {text}, first: {first.iloc[0]}")
-    cells, row = cells[row.notna()].reset_index(drop=True), row[row.notna()].astype(int).to_numpy()
-    report.append(f"{len(cells)} cells matched")
-    if not len(cells):
-        raise InputError(f"no {KEY} of {source} is in {features}: {cells.shape[0]} cells matched, e.g. {table[KEY].iloc[:1].tolist()} against {keys.iloc[:1].tolist()}")
+    in_table, in_cells = cells["cell"].isin(keys), keys.isin(cells["cell"])
+    for absent, text in ((cells["cell"][~in_table], f"cells of {source} have no row in {features}"),
+                         (keys[~in_cells], f"rows of {features} have no cell in {source}")):
+        if len(absent):
+            report.append(f"{len(absent)} {text}, first: {absent.iloc[0]}")
+    report.append(f"{in_table.sum()} cells matched")
+    if not in_table.any():
+        raise InputError(f"no {KEY} of {source} is in {features}: 0 cells matched, e.g. {table[KEY][:1].tolist()} against {keys[:1].tolist()}")
     if "field" not in cells:
         cells["field"] = cells["cell"].str.replace(r"_\d+(\.npy)?$", "", regex=True)
+    place = pd.Index(cells["cell"]).get_indexer(keys)
+    pieces = [({"path": features, "table": None, "names": columns, "skip": 1}, names, place)]
+    cells, pieces = data.keep_cells(cells, pieces, in_table.to_numpy())
     cells, more = complete_cells(cells, moa)
-    place = np.full(len(keys), -1)
-    place[row] = np.arange(len(row))
-    source = {"path": features, "table": None, "names": columns, "skip": 1}
-    return cells, names, dropped, [(source, names, place)], report + more
+    return cells, names, dropped, pieces, report + more
 
 
 def crops_unit(unit):
@@ -435,47 +406,40 @@ def index_files(folder):
     for path in sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".tif", ".tiff") and not p.name.startswith(".")):
         first = found.setdefault(path.name, path)
         if first is not path and not filecmp.cmp(first, path, shallow=False):
-            raise InputError(f"{first} and {path} have one name and different pixels; images are found by name: give a folder with one of them")
+            raise InputError(f"{first} and {path} have one name and different pixels; images are found by name: give a folder with one")
     if not found:
         raise InputError(f"{folder}: no .tif or .tiff in it or below; give --images the folder of the fields")
     return found
 
 
 def read_tiff(path, header_only=False):
-    """One grey field -> (H, W) uint16 or uint8, uncompressed, LZW, deflate or PackBits; InputError for anything else.
-
-    `header_only`: just its (H, W). Pillow reads it, but for uncompressed strips that lie end to end (BBBC021 has 342 of 3 rows), where
-    one np.fromfile is ten times as fast.
-    """
+    """One grey field -> (H, W) uint16 or uint8, uncompressed, LZW, deflate or PackBits; `header_only`: just its (H, W). InputError.
+    Pillow reads it, but for uncompressed strips that lie end to end (BBBC021 has 342 of 3 rows): one np.fromfile is ten times as fast."""
     try:
         with Image.open(path) as image:
-            black = image.tag_v2.get(262, 1) if image.format == "TIFF" else None
-            if image.mode not in ("L", "I;16", "I;16B") or black != 1 or image.n_frames > 1:
-                raise InputError(f"{path}: {image.format} of mode {image.mode}, expected a TIFF of one page, one grey channel, 8 or 16 bits, black 0")
+            tag, h, w = image.tag_v2 if image.format == "TIFF" else {262: None}, image.height, image.width
+            if image.mode not in ("L", "I;16", "I;16B") or tag.get(262, 1) != 1 or image.n_frames > 1:
+                raise InputError(f"{path}: {image.format} of mode {image.mode}, expected a TIFF of one page, one grey channel, "
+                                 "8 or 16 bits, black 0")
             if header_only:
-                return image.height, image.width
-            tag = image.tag_v2
+                return h, w
             dtype = np.dtype("u1" if image.mode == "L" else "<u2" if tag.prefix == b"II" else ">u2")
             start, length = np.array(tag.get(273, ())), np.array(tag.get(279, ()))
-            plain = tag.get(259, 1) == tag.get(266, 1) == 1 and tag.get(258) == (8 * dtype.itemsize,)  # compression, order and number of bits
-            if plain and (start[1:] == (start + length)[:-1]).all() and length.sum() == image.width * image.height * dtype.itemsize:
-                pixels = np.fromfile(path, dtype, image.width * image.height, offset=int(start[0])).reshape(image.height, image.width)
+            plain = tag.get(259, 1) == tag.get(266, 1) == 1 and tag.get(258) == (8 * dtype.itemsize,)  # compression, bits' order and number
+            if plain and (start[1:] == (start + length)[:-1]).all() and length.sum() == w * h * dtype.itemsize:
+                pixels = np.fromfile(path, dtype, w * h, offset=int(start[0])).reshape(h, w)
             else:
                 pixels = np.asarray(image)
             return pixels.astype(dtype.newbyteorder("="), copy=False)
     except InputError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except (OSError, SyntaxError, EOFError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: damaged, cut short or no TIFF ({error}); copy it again") from None
 
 
 def fields_table(folder, export, image_csv, channels, keep=None, moa=None, skip_bad=False):
     """The cells of CellProfiler's export whose crops lie inside their fields: (cells, feature names, dropped, pieces, report, files).
-
-    `files` {field: its files in the order of `channels`}; what a field is (plate, compound, ...) tells `image_csv`, or else the export.
-    """
+    `files` {field: its files in the order of `channels`}; what a field is (plate, compound, ...) tells `image_csv`, or else the export."""
     cells, images, names, dropped, pieces, report = data.read_export(export, channels[0], keep, skip_bad)
     for c in channels:
         if f"FileName_{c}" not in images or (images[f"FileName_{c}"] == "").any():
@@ -483,9 +447,8 @@ def fields_table(folder, export, image_csv, channels, keep=None, moa=None, skip_
             raise InputError(f"{export}: channel {c} has no file name for every field, names are of {', '.join(has) or 'none'}; see --channels")
     if not names:
         raise InputError(f"{export}: no feature column" + (f" that matches --columns {keep}" if keep else ""))
-    found = index_files(folder)
-    file_names = images[[f"FileName_{c}" for c in channels]].to_numpy()
-    files = {field: [found.get(name, Path(folder) / name) for name in row] for field, row in zip(images["field"], file_names)}
+    found, named = index_files(folder), images[[f"FileName_{c}" for c in channels]].to_numpy()
+    files = {field: [found.get(name, Path(folder) / name) for name in row] for field, row in zip(images["field"], named)}
     if image_csv:
         table = read_csv(image_csv, dtype=str)
         if "Image_FileName_DAPI" not in table:
@@ -502,9 +465,9 @@ def fields_table(folder, export, image_csv, channels, keep=None, moa=None, skip_
     size = np.full((len(images), 2), np.inf)  # height, width
     for i in cells["image"].unique():
         try:
-            size[i] = read_tiff(files[images["field"].iloc[i]][0], header_only=True)
-        except InputError:  # said when the patches are read
-            if not skip_bad:
+            size[i] = read_tiff(files[images["field"][i]][0], header_only=True)
+        except InputError:
+            if not skip_bad:  # else said when the patches are read
                 raise
     low, (height, width) = SIZE // 2, size[cells["image"]].T
     x, y = np.floor(cells["x"]), np.floor(cells["y"])
@@ -540,15 +503,14 @@ def fields_unit(unit):
 
 def split_cells(cells, by, seed):
     """A split for each cell, no group on both sides: groups are shuffled by the seed and go to the split furthest below its share.
-
     `by`: cell (the paper, whose neighbours in a field then stand on both sides), field, well, plate or compound. A group with over
-    10 % of all cells always trains. Returns (N,) names; InputError where a split would be empty.
-    """
-    group = {"cell": np.arange(len(cells)), "well": cells["plate"] + " " + cells["well"]}.get(by)
-    group = pd.factorize(cells[by] if group is None else group)[0]
-    size = np.bincount(group)
-    names, target, have = list(SHARES), np.array(list(SHARES.values())), np.zeros(len(SHARES))
-    side = np.zeros(len(size), int)
+    10 % of all cells always trains. Returns (N,) names; InputError where a split would be empty."""
+    if by == "cell":
+        group = np.arange(len(cells))
+    else:
+        group = pd.factorize(cells["plate"] + " " + cells["well"] if by == "well" else cells[by])[0]
+    size, names = np.bincount(group), list(SHARES)
+    target, have, side = np.array(list(SHARES.values())), np.zeros(len(names)), np.zeros(len(size), int)
     large = size > 0.1 * len(cells)
     have[0] = size[large].sum()
     for g in np.random.default_rng(seed).permutation(len(size)):
@@ -558,13 +520,12 @@ def split_cells(cells, by, seed):
     if (have == 0).any():
         raise InputError(f"--split {by}: {len(size)} groups leave no cell for {names[int(np.argmin(have))]} (a group over 10 % of the cells "
                          "always trains); use a finer --split or more cells")
-    split = np.array(names)[side[group]]
-    assert pd.DataFrame({"g": group, "s": split}).groupby("g")["s"].nunique().max() == 1, "a group stands in two splits"
-    return split
+    return np.array(names)[side[group]]
 
 
 def release(array):
-    """Lets go of the memory that a memory-mapped array holds in this process; what was written stays in the file. Linux; else nothing."""
+    """Writes a memory-mapped array out and lets go of the memory that it holds in this process (Linux; elsewhere the system does later)."""
+    array.flush()
     if hasattr(mmap, "MADV_DONTNEED"):
         array._mmap.madvise(mmap.MADV_DONTNEED)
 
@@ -574,34 +535,35 @@ def chunks(n):
 
 
 def column_moments(raw, rows):
-    """Count, mean and standard deviation (ddof 0) of the columns of `raw` over the row numbers `rows`, missing left out; in chunks, float64."""
-    count, total, square = (np.zeros(raw.shape[1]) for _ in range(3))
+    """Count, mean and standard deviation (ddof 0) of the columns of `raw` over the row numbers `rows`, missing left out; float64."""
+    count, total, square = np.zeros((3, raw.shape[1]))
     for c in chunks(len(rows)):
-        values = raw[rows[c]].astype(np.float64)
+        values = np.asarray(raw[rows[c]], np.float64, order="F")  # summed column by column
         count += np.isfinite(values).sum(0)
         total += np.where(np.isfinite(values), values, 0).sum(0)
     mean = total / np.maximum(count, 1)
     for c in chunks(len(rows)):
-        values = raw[rows[c]].astype(np.float64)
-        square += np.where(np.isfinite(values), values - mean, 0).__pow__(2).sum(0)
+        values = np.asarray(raw[rows[c]], np.float64, order="F")
+        square += (np.where(np.isfinite(values), values - mean, 0) ** 2).sum(0)
+    release(raw)
     return count, mean, np.sqrt(square / np.maximum(count, 1))
 
 
-def columns_to_drop(raw, names, train, drop_duplicates):
-    """{name: reason} for columns without spread over the training cells, with over 5 % missing, or (if asked) equal to an earlier one."""
-    n = len(raw)
-    missing, digests = np.zeros(len(names)), [hashlib.sha1() for _ in names]
-    for c in chunks(n):
-        block = np.array(raw[c])
+def columns_to_drop(raw, rows, names, moments, drop_duplicates):
+    """{name: reason} for columns without spread over the training cells (their `moments`), with over 5 % missing in `rows`, or (if asked)
+    equal to an earlier one."""
+    missing, digests, (count, mean, sd) = np.zeros(len(names)), [hashlib.sha1() for _ in names], moments
+    for c in chunks(len(rows)):
+        block = raw[rows[c]]
         missing += (~np.isfinite(block)).sum(0)
         if drop_duplicates:
-            for digest, column in zip(digests, np.ascontiguousarray(block.T)):
+            for digest, column in zip(digests, block.T):
                 digest.update(column.tobytes())
-    count, mean, sd = column_moments(raw, train)
+        release(raw)
     dropped, seen = {}, {}
     for j, name in enumerate(names):
-        if missing[j] > MAX_MISSING * n:
-            dropped[name] = f"{missing[j] / n:.1%} missing"
+        if missing[j] > MAX_MISSING * len(rows):
+            dropped[name] = f"{missing[j] / len(rows):.1%} missing"
         elif count[j] < 2 or sd[j] <= 1e-7 * abs(mean[j]):  # float32 holds 7 digits
             dropped[name] = "no spread over the training cells"
         elif drop_duplicates and digests[j].digest() in seen:
@@ -611,12 +573,10 @@ def columns_to_drop(raw, names, train, drop_duplicates):
     return dropped
 
 
-def plate_scales(raw, cells, centre_scale):
+def plate_scales(raw, keep, cells, train_scale):
     """--normalise plate-dmso: {plate: {centre, scale, cells}} from each plate's DMSO cells; marks the reference cells in cells['split'].
-
     A plate that has training DMSO cells is scaled by those; a held-out plate by all its DMSO cells, which then are `reference`, in no
-    test. Where a plate's DMSO cells show no spread in a feature, the training cells' spread is taken.
-    """
+    test. Where a plate's DMSO cells show no spread in a feature, `train_scale` is taken. keep: the cells' row numbers in `raw`."""
     plates, dmso = {}, (cells["compound"].str.upper() == "DMSO").to_numpy()
     for plate in sorted(cells["plate"].unique()):
         here = dmso & (cells["plate"] == plate).to_numpy()
@@ -625,9 +585,10 @@ def plate_scales(raw, cells, centre_scale):
             rows = np.flatnonzero(here)
             cells.loc[rows, "split"] = "reference"
         if len(rows) < 2:
-            raise InputError(f"plate {plate}: {len(rows)} DMSO cells, --normalise plate-dmso needs at least 2 on every plate; use --normalise train or --exclude the plate")
-        _, mean, sd = column_moments(raw, rows)
-        plates[plate] = {"centre": mean, "scale": np.where(sd > 0, sd, centre_scale[1]), "cells": len(rows)}
+            raise InputError(f"plate {plate}: {len(rows)} DMSO cells, --normalise plate-dmso needs at least 2 on every plate; "
+                             "use --normalise train or --exclude the plate")
+        _, mean, sd = column_moments(raw, keep[rows])
+        plates[plate] = {"centre": mean, "scale": np.where(sd > 0, sd, train_scale), "cells": len(rows)}
     return plates
 
 
@@ -645,60 +606,65 @@ def keep_freed_memory():
 
 
 def begin_worker():
-    """A worker leaves Ctrl-C to its parent and ends when that has died."""
+    """A worker computes in one thread, leaves Ctrl-C to its parent and ends when that has died."""
     def watch(parent=os.getppid()):
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
     keep_freed_memory()
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
 
-def read_patches(target, units, read_unit, state, workers, skip_bad):
-    """Fills target (N, C, 68, 68) unit by unit, in parallel; what is done is kept in the file `state`, so that it can be taken up again.
+def in_order(work, units, workers):
+    """work(unit) of every unit in turn, by `workers` processes that are a few units ahead."""
+    if workers == 1:
+        yield from map(work, units)
+        return
+    ahead, pool = [], ProcessPoolExecutor(workers, initializer=begin_worker)
+    try:
+        for unit in units:
+            ahead.append(pool.submit(work, unit))
+            if len(ahead) == 4 * workers:
+                yield ahead.pop(0).result()
+        yield from (job.result() for job in ahead)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
+
+def read_patches(target, units, read_unit, state, workers, skip_bad):
+    """Fills target (N, C, 68, 68) unit by unit; what is done is kept in the file `state`, so that it can be taken up again.
     units: (row of the first cell, unit); read_unit(unit) -> (patches, {position: reason}); a bad patch is refused by name, or with
-    skip_bad left black. Returns {row: reason}.
-    """
+    skip_bad left black. Returns {row: reason}."""
     done = json.loads(state.read_text()) if state.exists() else {"units": 0, "bad": {}}
     begin, said, saved, n = time.perf_counter(), 0.0, time.perf_counter(), len(target)
-    first = units[done["units"]][0] if done["units"] < len(units) else n
+    todo = units[done["units"]:]
 
     def save():
-        target.flush()
         release(target)
         state.with_suffix(".tmp").write_text(json.dumps(done))
         os.replace(state.with_suffix(".tmp"), state)
 
-    pool = ProcessPoolExecutor(workers, initializer=begin_worker) if workers > 1 else None
-    ahead = []
     try:
-        upcoming = iter(range(done["units"], len(units)))
-        while done["units"] < len(units):
-            while pool and len(ahead) < 4 * workers and (u := next(upcoming, None)) is not None:
-                ahead.append(pool.submit(read_unit, units[u][1]))
-            start, unit = units[done["units"]]
-            patches, bad = ahead.pop(0).result() if pool else read_unit(unit)
-            for i, reason in bad.items():
-                if not skip_bad:
-                    raise InputError(f"{reason}; mend it, or leave such cells out with --skip-bad")
-                done["bad"][str(start + i)] = reason
-            target[start:start + len(patches)] = patches
+        for (start, _), (patches, bad) in zip(todo, in_order(read_unit, [unit for _, unit in todo], workers)):
+            if bad and not skip_bad:
+                raise InputError(f"{next(iter(bad.values()))}; mend it, or leave such cells out with --skip-bad")
+            done["bad"].update({str(start + i): reason for i, reason in bad.items()})
+            at = start + len(patches)
+            target[start:at] = patches
             done["units"] += 1
-            now, at = time.perf_counter(), start + len(patches)
+            now = time.perf_counter()
             if now - saved > SAVE_EVERY:
                 save()
                 saved = now
             if now - said > 5 or done["units"] == len(units):
-                rate = (at - first) / max(now - begin, 1e-9)
-                print(f"patches {at}/{n} cells | {rate:.0f} cells/s | {(n - at) / max(rate, 1e-9):.0f} s left", flush=True)
+                rate = (at - todo[0][0]) / max(now - begin, 1e-9)
+                print(f"patches {at}/{n} cells | {rate:.0f} cells/s | {(n - at) / rate:.0f} s left", flush=True)
                 said = now
     finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
         save()
-    return {int(k): v for k, v in done["bad"].items()}
+    return {int(row): reason for row, reason in done["bad"].items()}
 
 
 def white_levels(patches, rows):
@@ -710,16 +676,13 @@ def white_levels(patches, rows):
         for k in range(len(count)):
             count[k] += np.bincount(block[:, k].ravel(), minlength=FULL_SCALE + 1)
         release(patches)
-    cumulated = count.cumsum(1)
-    return [max(int(np.searchsorted(row, WHITE * row[-1])), 1) for row in cumulated], black
+    return [max(int(np.searchsorted(row, WHITE * row[-1])), 1) for row in count.cumsum(1)], black
 
 
 def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels, options, workers=1, skip_bad=False):
     """Writes a prepared folder: patches, features, cells.csv, meta.json; takes up OUT.partial where an earlier call was interrupted.
-
     `pieces`: the measurements (data.fill_features); `units`: (row of the first cell, what `read_unit` takes), see read_patches; `options`:
-    split, normalise, drop_duplicates, seed and whatever else describes the call. Returns the meta dictionary.
-    """
+    split, normalise, drop_duplicates, seed and whatever else describes the call. Returns the meta dictionary."""
     out = Path(out)
     work = out.with_name(out.name + ".partial")
     plan = hashlib.sha256(pd.util.hash_pandas_object(cells, index=False).to_numpy().tobytes())
@@ -730,83 +693,77 @@ def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels,
     work.mkdir(parents=True, exist_ok=True)
     (work / "plan").write_text(plan)
 
-    n = len(cells)
-    shape = (n, len(channels), SIZE, SIZE)
-    path = work / "patches.npy"
-    patches = np.lib.format.open_memmap(path, "r+" if path.exists() and (work / "progress").exists() else "w+", np.uint16, shape)
+    # Everything that is read: patches of all cells, measurements of all cells and columns
+    n, path = len(cells), work / "patches.npy"
+    going_on = path.exists() and (work / "progress").exists()
+    create = lambda name, dtype, *shape: np.lib.format.open_memmap(work / name, "w+", dtype, shape)
+    patches = np.load(path, mmap_mode="r+") if going_on else create("patches.npy", np.uint16, n, len(channels), SIZE, SIZE)
     bad = read_patches(patches, units, read_unit, work / "progress", workers, skip_bad)
-    if not (work / "raw.npy").exists():
-        raw = np.lib.format.open_memmap(work / "raw.tmp", "w+", np.float32, (n, len(names)))
-        write_back = lambda: (raw.flush(), release(raw))
-        for c in chunks(n):
-            raw[c] = np.nan
-            write_back()
-        data.fill_features(raw, names, pieces, write_back)
-        os.replace(work / "raw.tmp", work / "raw.npy")
-    raw = np.load(work / "raw.npy", mmap_mode="r")
+    raw, measured = create("raw.npy", np.float32, n, len(names)), np.zeros(n, bool)
+    for c in chunks(n):
+        raw[c] = np.nan
+        release(raw)
+    data.fill_features(raw, names, pieces, lambda: release(raw))
 
-    # Cells that stay: those with a readable patch and at least one measurement
-    measured = np.concatenate([np.isfinite(raw[c]).any(1) for c in chunks(n)])
-    good = measured & ~np.isin(np.arange(n), list(bad))
-    if (~measured).any():
+    # Cells that stay (`keep`, their rows): those with a readable patch and at least one measurement
+    for c in chunks(n):
+        measured[c] = np.isfinite(raw[c]).any(1)
+        release(raw)
+    keep = np.flatnonzero(measured & ~np.isin(np.arange(n), list(bad)))
+    if not measured.all():
         print(f"{(~measured).sum()} cells without measurements dropped, first: {cells['cell'][~measured].iloc[0]}")
-    for row, reason in list(bad.items())[:1]:
-        print(f"{len(bad)} bad patches skipped, first: {reason}")
-    if not good.any():
+    if bad:
+        print(f"{len(bad)} bad patches skipped, first: {next(iter(bad.values()))}")
+    if not len(keep):
         raise InputError("no cell has both a patch and measurements")
-    keep = np.flatnonzero(good)
     cells = cells.iloc[keep].reset_index(drop=True)
     cells["split"] = split_cells(cells, options["split"], options["seed"])
-    if len(keep) < n:
-        kept = np.lib.format.open_memmap(work / "patches.tmp", "w+", np.uint16, (len(keep), *shape[1:]))
-        for c in chunks(len(keep)):
-            kept[c] = patches[keep[c]]
-            kept.flush()
-            release(kept), release(patches)
-        patches = kept
+    train = keep[cells["split"] == "train"]
 
-    # Features that stay, their centre and scale, and the values that are imputed and clipped
-    row_of = keep[np.flatnonzero(cells["split"] == "train")]
-    whole = Rows(raw, keep)
-    dropped = {**dropped, **columns_to_drop(whole, names, np.flatnonzero(cells["split"] == "train"), options["drop_duplicates"])}
+    # Features that stay (`column`), their centre and scale, and the values that are imputed and clipped
+    moments = column_moments(raw, train)
+    dropped = dropped | columns_to_drop(raw, keep, names, moments, options["drop_duplicates"])
     column = np.array([j for j, name in enumerate(names) if name not in dropped])
     if not len(column):
         raise InputError("every feature was dropped: " + "; ".join(f"{k}: {v}" for k, v in list(dropped.items())[:3]))
-    features = [names[j] for j in column]
-    part = Rows(raw, keep, column)
-    train = np.flatnonzero(cells["split"] == "train")
-    _, centre, scale = column_moments(part, train)
-    for name in [f for f, sd in zip(features, scale) if f.endswith("_AreaShape_Orientation") and sd < 1.6]:
-        print(f"{name} looks like radians, as CellProfiler 4.0 wrote it (other versions: degrees); do not mix tables of both")
-    plates = plate_scales(part, cells, (centre, scale)) if options["normalise"] == "plate-dmso" else {}
-    final = np.lib.format.open_memmap(work / "features.npy", "w+", np.float32, (len(keep), len(column)))
-    imputed, clipped = np.zeros(len(column), int), np.zeros(len(column), int)
+    features, (_, centre, scale) = [names[j] for j in column], moments
+    for j in column:
+        if names[j].endswith("_AreaShape_Orientation") and scale[j] < 1.6:
+            print(f"{names[j]} looks like radians, as CellProfiler 4.0 wrote it (other versions: degrees); do not mix tables of both")
+    plates = plate_scales(raw, keep, cells, scale) if options["normalise"] == "plate-dmso" else {}
+    final, imputed, clipped = create("features.npy", np.float32, len(keep), len(column)), 0, 0
     for c in chunks(len(keep)):
-        block = part[c].astype(np.float64)
-        mid = np.stack([plates[p]["centre"] for p in cells["plate"][c]]) if plates else np.broadcast_to(centre, block.shape)
+        block = raw[keep[c]].astype(np.float64)
+        mid = np.stack([plates[p]["centre"] for p in cells["plate"][c]]) if plates else centre
         sd = np.stack([plates[p]["scale"] for p in cells["plate"][c]]) if plates else scale
-        imputed += (~np.isfinite(block)).sum(0)
-        block = np.where(np.isfinite(block), block, mid)
-        clipped += (np.abs((block - mid) / sd) > CLIP).sum(0)
-        final[c] = block
-        final.flush()
-        release(final)
+        missing = ~np.isfinite(block)
+        block = np.where(missing, mid, block)
+        imputed += missing.sum(0)
+        clipped += (np.abs(block - mid) > CLIP * sd).sum(0)
+        final[c] = block[:, column]
+        release(final), release(raw)
     white, black = white_levels(patches, train)
-    del raw, whole, part, patches, final
     if len(keep) < n:
+        kept = create("patches.tmp", np.uint16, len(keep), *patches.shape[1:])
+        for c in chunks(len(keep)):
+            kept[c] = patches[keep[c]]
+            release(kept), release(patches)
         (work / "progress").unlink()  # if interrupted from here on, patches are read again: patches.npy has other rows now
-        os.replace(work / "patches.tmp", work / "patches.npy")
+        os.replace(work / "patches.tmp", path)
 
     cells[CELL_COLUMNS].to_csv(work / "cells.csv", index=False)
+    count = lambda values: {names[j]: int(values[j]) for j in column if values[j]}
     meta = {
-        "format": data.FORMAT, "channels": list(channels), "size": SIZE, "features": features, "centre": centre.tolist(), "scale": scale.tolist(),
-        "normalise": options["normalise"], "fitted_on": f"{len(row_of)} training cells",
-        "plates": {p: {k: v.tolist() if k != "cells" else v for k, v in s.items()} for p, s in plates.items()},
-        "white": white, "white_quantile": WHITE, "dropped": dropped,
-        "imputed": {f: int(k) for f, k in zip(features, imputed) if k}, "clipped": {f: int(k) for f, k in zip(features, clipped) if k},
+        "format": data.FORMAT, "channels": list(channels), "size": SIZE, "features": features,
+        "centre": centre[column].tolist(), "scale": scale[column].tolist(),
+        "normalise": options["normalise"], "fitted_on": f"{len(train)} training cells",
+        "plates": {p: {"centre": s["centre"][column].tolist(), "scale": s["scale"][column].tolist(), "cells": s["cells"]}
+                   for p, s in plates.items()},
+        "white": white, "white_quantile": WHITE, "dropped": dropped, "imputed": count(imputed), "clipped": count(clipped),
         "counts": {"cells": len(cells), "split": cells["split"].value_counts().to_dict(), "plates": cells["plate"].nunique(),
-                   "wells": len(cells.drop_duplicates(["plate", "well"])), "fields": cells["field"].nunique(), "compounds": cells["compound"].nunique(),
-                   "treatments": data.treatment_names(cells).nunique(), "mechanisms": len(set(cells["moa"]) - {"DMSO", "unknown"}),
+                   "wells": len(cells.drop_duplicates(["plate", "well"])), "fields": cells["field"].nunique(),
+                   "compounds": cells["compound"].nunique(), "treatments": data.treatment_names(cells).nunique(),
+                   "mechanisms": len(set(cells["moa"]) - {"DMSO", "unknown"}),
                    "unmeasured_cells": int((~measured).sum()), "bad_patches": len(bad), "cells_with_a_black_channel": black},
         "options": options, "checksums": {name: data.checksum(work / name) for name in data.FILES},
     }
@@ -815,22 +772,6 @@ def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels,
         (work / name).unlink(missing_ok=True)
     os.replace(work, out)
     return meta
-
-
-class Rows:
-    """Some rows and columns of a memory-mapped array, read when indexed: `Rows(raw, rows, columns)[i]`."""
-
-    def __init__(self, array, rows, columns=slice(None)):
-        self.array, self.rows, self.columns = array, rows, columns
-        self.shape = (len(rows), len(range(array.shape[1])[columns]) if isinstance(columns, slice) else len(columns))
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        values = np.asarray(self.array[self.rows[i]])[:, self.columns]
-        release(self.array)
-        return values
 
 
 def describe(out):
@@ -1626,15 +1567,14 @@ def main(argv=None):
     stay, more = choose_cells(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
     cells, pieces = data.keep_cells(cells, pieces, stay)
 
-    units, runs = [], [*first_rows(cells["field"]).tolist(), len(cells)]
+    fields = {field: part for field, part in cells.groupby("field", sort=False)}
     if args.simulate:
-        # every cell of a field is drawn, also those that are not kept: a picture does not depend on --limit
-        bounds, row = [*first_rows(drawn["field"]).tolist(), len(drawn)], np.flatnonzero(stay)
-        for a, b in zip(runs, runs[1:]):
-            k = np.searchsorted(bounds, row[a], "right")
-            whole = slice(bounds[k - 1], bounds[k])
-            x, y = (drawn[c].to_numpy()[whole] for c in ("x", "y"))
-            units.append((a, (table[whole], x, y, [args.seed, 5, whole.start], row[a:b] - whole.start)))
+        units, row = [], np.flatnonzero(stay)
+        for field, whole in drawn.groupby("field", sort=False):
+            if field in fields:  # all its cells are drawn, also those that are not kept: a picture does not depend on --limit
+                kept, first = fields[field].index, whole.index[0]
+                place = whole["x"].to_numpy(), whole["y"].to_numpy()
+                units.append((kept[0], (table.loc[whole.index], *place, [args.seed, 5, first], row[kept] - first)))
         read_unit = simulated_unit
     elif args.crops:
         paths = [f"{args.crops}/{field}/{cell.removesuffix('.npy')}.npy" for field, cell in zip(cells["field"], cells["cell"])]
@@ -1642,7 +1582,7 @@ def main(argv=None):
         units = [(a, (paths[a:a + CROPS_AT_ONCE], order)) for a in range(0, len(cells), CROPS_AT_ONCE)]
         read_unit = crops_unit
     else:
-        units = [(a, (files[cells["field"][a]], cells["x"].to_numpy()[a:b], cells["y"].to_numpy()[a:b])) for a, b in zip(runs, runs[1:])]
+        units = [(part.index[0], (files[field], part["x"].to_numpy(), part["y"].to_numpy())) for field, part in fields.items()]
         read_unit = fields_unit
     for line in report + more:
         print(line)
