@@ -47,10 +47,8 @@ def checksum(path):
 
 class Folder:
     """An open prepared folder: memory-mapped `.patches` and `.raw` features, `.cells` (a frame), `.meta` (a dict).
-
-    Beside them, from meta.json: `.features` (F names), `.channels`, `.centre` and `.scale` ((F,) float64 tensors), `.normalise`,
-    `.white` ((C,) 16-bit levels for --image-norm percentile), and `.treatment` ((N,) numbers of compound-concentration pairs).
-    """
+    Beside them, from meta.json: `.features` (F names), `.channels`, `.centre` and `.scale` ((F,) float64 tensors), `.normalise`, `.white`
+    ((C,) 16-bit levels for --image-norm percentile), and `.treatment` ((N,) numbers of compound-concentration pairs)."""
 
     def __init__(self, path, meta, patches, raw, cells):
         self.path, self.meta, self.patches, self.raw, self.cells = Path(path), meta, patches, raw, cells
@@ -79,9 +77,7 @@ class Folder:
 
     def measurements(self, rows):
         """The measurements (B, F) float32 of the given rows in CellProfiler's units, and the centre and scale to standardise them by.
-
-        Centre and scale are (F,), or with plate-dmso (B, F): those of each cell's plate. See model.standardise.
-        """
+        Centre and scale are (F,), or with plate-dmso (B, F): those of each cell's plate. See model.standardise."""
         raw = torch.from_numpy(np.ascontiguousarray(self.raw[rows]))
         if not self.plate_names:
             return raw, self.centre, self.scale
@@ -138,9 +134,7 @@ def check_folder(path):
 
 class TreatmentSampler:
     """Draws batches as the released code does: one random training cell per treatment, the treatments in random order.
-
-    `batch`: cells a batch; None or 0 = one per treatment. Fewer: a random part of the treatments. More: all of them, again and again.
-    """
+    `batch`: cells a batch; None or 0 = one per treatment. Fewer: a random part of the treatments. More: all of them, again and again."""
 
     def __init__(self, rows, treatment, batch=None):
         order = np.argsort(treatment[rows], kind="stable")
@@ -162,10 +156,8 @@ class TreatmentSampler:
 
 def scale_images(x, norm, white=None):
     """Raw intensities (B, C, H, W) -> float32 in 0..1.
-
-    norm "cell-max": each channel of each cell divided by its own maximum (the paper); an all-black channel stays 0.
-    norm "percentile": divided by `white` (C,), one level for the whole set, and clipped at 1: keeps absolute intensity.
-    """
+    norm "cell-max": each channel of each cell divided by its own maximum (the paper); an all-black channel stays 0. norm "percentile":
+    divided by `white` (C,), one level for the whole set, and clipped at 1: keeps absolute intensity."""
     if norm == "cell-max":
         return x / x.amax((2, 3), keepdim=True).clamp(min=1)
     if norm == "percentile":
@@ -284,9 +276,7 @@ PAIRING = {"ObjectNumber", "Number_Object_Number", "Parent_Nuclei", *CENTRES, *B
 
 def csv_source(path, name):
     """The source of one CSV, checked for rows of another width than its header; `name` (Nuclei, ...) goes before its column names.
-
-    name None: a table of all objects, whose header has two rows, object and measurement.
-    """
+    name None: a table of all objects, whose header has two rows, object and measurement."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header = [row for row, _ in zip(csv.reader(file), range(2))]
@@ -427,9 +417,7 @@ def read_keys(source, o, keys, fields, where):
 def misplaced(source, o, table, rows, absent, features):
     """Up to 4.2 CellProfiler writes some columns (AreaShape, Texture) of the k objects of a field that exist into its first k rows, the
     others into the rows of their own numbers (its issues 4403, 4583): (names of such columns, rows (k,) bool of `table` that hold them).
-
-    Such a column is empty in all of a field's last rows and filled in some row of an absent object.
-    """
+    Such a column is empty in all of a field's last rows and filled in some row of an absent object."""
     there = pd.Series(~absent, table.index).groupby(table["image"]).transform("sum")
     first = (table.groupby("image").cumcount() < there).to_numpy()
     if not (absent & first).any():
@@ -458,9 +446,7 @@ def check_boxes(table, o, where):
 
 def pair_objects(images, sources, where, keep, report):
     """One export -> (cells: image (row of `images`), number, x, y; pieces), one row a nucleus that has a cell.
-
-    Cells and cytoplasms go to their nucleus by Parent_Nuclei, never by number.
-    """
+    Cells and cytoplasms go to their nucleus by Parent_Nuclei, never by number."""
     keys = [k for k in KEYS if k in images and all(k in s["names"] for s in sources.values())]
     if "ImageNumber" not in keys:
         raise InputError(f"{where}: a table has no column ImageNumber, expected what CellProfiler exports")
@@ -514,10 +500,9 @@ def pair_objects(images, sources, where, keep, report):
 
 def read_export(path, channel=CHANNELS[0], keep=None, skip_bad=False):
     """What CellProfiler exported, without the measurements themselves: (cells, images, feature names, dropped, pieces, report).
-
     `path`: a folder of ExportToSpreadsheet, a folder of such folders, or a SQLite file of ExportToDatabase. cells: one row a nucleus with
-    image (row of `images`), field (name of its file of `channel`, without ending), cell (field_number), x, y and what `annotate` finds.
-    """
+    image (row of `images`), field (name of its file of `channel`, without ending), cell (field_number), x, y and what `annotate`
+    finds."""
     path, report = Path(path), []
     if path.is_dir():
         holds_csv = lambda folder: any(p.suffix.lower() == ".csv" for p in folder.iterdir())
@@ -568,9 +553,7 @@ def read_export(path, channel=CHANNELS[0], keep=None, skip_bad=False):
 
 def read_table(path, channel=CHANNELS[0]):
     """A table of measurements, one row a cell, for model.generate: any CSV with CellProfiler's prefixed names, or an export (read_export).
-
-    Returns a frame with `cell` (a name), what is known of plate and treatment, and the features; memory holds it whole.
-    """
+    Returns a frame with `cell` (a name), what is known of plate and treatment, and the features; memory holds it whole."""
     if Path(path).is_file() and re.search(r"\.csv(\.gz)?$", str(path), re.IGNORECASE):
         table = read_csv(path)
         features = sort_columns(table.columns)[0]

@@ -24,6 +24,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,20 +72,20 @@ PARAMETERS = {
 }
 NOISE_COLUMNS = [f"Nuclei_Noise_{i}" for i in range(4)]  # no picture shows these: what a generator must not pretend to render
 
-# Mechanism: two compounds of BBBC021 and the factors on the parameters above (keys: unique ends of their names), after the medians of real cells.
+# Mechanism: two compounds of BBBC021 and the factors on the parameters above (by their names as `short` makes them), after real medians.
 MECHANISMS = {
-    "Actin disruptors": (("latrunculin B", 3), ("cytochalasin B", 10), {"Cytoplasm_AreaShape_Area": 0.62, "Std_Actin": 2.0}),
-    "Aurora kinase inhibitors": (("AZ258", 1), ("AZ841", 0.3), {"Nuclei_AreaShape_Area": 1.65, "Mean_DAPI": 0.8, "Std_DAPI": 1.3}),
-    "Cholesterol-lowering": (("simvastatin", 6), ("mevinolin/lovastatin", 5), {"Cytoplasm_AreaShape_Area": 0.42, "Mean_Tubulin": 1.25}),
-    "DNA damage": (("mitomycin C", 1), ("etoposide", 3), {"Nuclei_AreaShape_Area": 1.25, "Cytoplasm_AreaShape_Area": 1.3, "Std_DAPI": 1.2}),
-    "DNA replication": (("camptothecin", 0.003), ("methotrexate", 10), {"Nuclei_AreaShape_Area": 1.22, "Mean_DAPI": 0.78}),
-    "Eg5 inhibitors": (("AZ-C", 0.1), ("AZ138", 0.1), {"Nuclei_AreaShape_Area": 0.75, "Mean_DAPI": 1.44, "Std_DAPI": 1.5, "Mean_Tubulin": 1.3}),
-    "Epithelial": (("PP-2", 3), ("AZ-J", 1), {"Cytoplasm_AreaShape_Area": 1.25, "Mean_Actin": 1.5, "Std_Actin": 1.3}),
+    "Actin disruptors": (("latrunculin B", 3), ("cytochalasin B", 10), {"Cytoplasm_Area": 0.62, "Std_Actin": 2.0}),
+    "Aurora kinase inhibitors": (("AZ258", 1), ("AZ841", 0.3), {"Nuclei_Area": 1.65, "Mean_DAPI": 0.8, "Std_DAPI": 1.3}),
+    "Cholesterol-lowering": (("simvastatin", 6), ("mevinolin/lovastatin", 5), {"Cytoplasm_Area": 0.42, "Mean_Tubulin": 1.25}),
+    "DNA damage": (("mitomycin C", 1), ("etoposide", 3), {"Nuclei_Area": 1.25, "Cytoplasm_Area": 1.3, "Std_DAPI": 1.2}),
+    "DNA replication": (("camptothecin", 0.003), ("methotrexate", 10), {"Nuclei_Area": 1.22, "Mean_DAPI": 0.78}),
+    "Eg5 inhibitors": (("AZ-C", 0.1), ("AZ138", 0.1), {"Nuclei_Area": 0.75, "Mean_DAPI": 1.44, "Std_DAPI": 1.5, "Mean_Tubulin": 1.3}),
+    "Epithelial": (("PP-2", 3), ("AZ-J", 1), {"Cytoplasm_Area": 1.25, "Mean_Actin": 1.5, "Std_Actin": 1.3}),
     "Kinase inhibitors": (("PD-169316", 3), ("alsterpaullone", 0.1), {"Mean_Actin": 0.68, "Std_Actin": 0.7, "Std_Tubulin": 1.3}),
-    "Microtubule destabilizers": (("nocodazole", 1), ("colchicine", 0.03), {"Mean_Tubulin": 0.55, "Std_Tubulin": 0.45, "Nuclei_AreaShape_Area": 0.9}),
+    "Microtubule destabilizers": (("nocodazole", 1), ("colchicine", 0.03), {"Mean_Tubulin": 0.55, "Std_Tubulin": 0.45, "Nuclei_Area": 0.9}),
     "Microtubule stabilizers": (("taxol", 0.3), ("docetaxel", 0.1), {"Mean_Tubulin": 1.5, "Std_Tubulin": 1.9, "Std_DAPI": 1.4}),
-    "Protein degradation": (("MG-132", 0.1), ("ALLN", 3), {"Nuclei_AreaShape_Area": 0.8, "Cytoplasm_AreaShape_Area": 0.75, "Mean_Tubulin": 1.2}),
-    "Protein synthesis": (("emetine", 0.1), ("cyclohexamide", 5), {"Mean_Actin": 0.6, "Mean_Tubulin": 0.75, "Nuclei_AreaShape_Area": 0.92}),
+    "Protein degradation": (("MG-132", 0.1), ("ALLN", 3), {"Nuclei_Area": 0.8, "Cytoplasm_Area": 0.75, "Mean_Tubulin": 1.2}),
+    "Protein synthesis": (("emetine", 0.1), ("cyclohexamide", 5), {"Mean_Actin": 0.6, "Mean_Tubulin": 0.75, "Nuclei_Area": 0.92}),
 }
 LOWER_DOSES = [("latrunculin B", 1, 0.6), ("taxol", 0.03, 0.5)]  # compound, uM, share of the full effect
 
@@ -102,8 +104,8 @@ def simulated_plates(seed):
         here += [("DMSO", 0, "DMSO", 0.0)] * 3
         for replicate in range(3):
             order = np.random.default_rng([seed, 1, week, replicate]).permutation(len(here))
-            wells += [(f"Week{week + 1}_sim{3 * week + replicate + 1:02d}", f"{'BCDEFG'[k % 6]}{2 + k // 6:02d}", str(replicate + 1), *here[j])
-                      for k, j in enumerate(order)]
+            plate = f"Week{week + 1}_sim{3 * week + replicate + 1:02d}"
+            wells += [(plate, f"{'BCDEFG'[k % 6]}{2 + k // 6:02d}", str(replicate + 1), *here[j]) for k, j in enumerate(order)]
     return pd.DataFrame(wells, columns=["plate", "well", "replicate", "compound", "concentration", "moa", "strength"])
 
 
@@ -141,8 +143,8 @@ def simulate_table(n, seed):
 
 
 def short(name):
-    """'Cytoplasm_Intensity_StdIntensity_Actin' -> 'Std_Actin', the key used in MECHANISMS; other names stay."""
-    return re.sub(r".*_(Mean|Std)Intensity_", r"\1_", name)
+    """Cytoplasm_Intensity_StdIntensity_Actin -> Std_Actin, Nuclei_AreaShape_Area -> Nuclei_Area."""
+    return re.sub(r".*_(Mean|Std)Intensity_", r"\1_", name).replace("_AreaShape_", "_")
 
 
 def with_derived(table, noise):
@@ -182,9 +184,9 @@ def scatter(k, seed):
 
 def draw_cells(table, offset, seed, window=WINDOW):
     """Draws each row of `table` (the columns of PARAMETERS) alone, without background: pictures (N, 3, window, window) float32 in
-    CellProfiler's 0..1, and how much of each pixel the cell covers (N, window, window).
-    `offset` (N, 2): row and column of the nucleus' centre from the middle of the window, pixels. `seed`: what the parameters leave open
-    (fibres, texture, the outline's bumps). Mean and standard deviation of the intensities are exact over the drawn compartments."""
+    CellProfiler's 0..1, and how much of each pixel the cell covers (N, window, window). `offset` (N, 2): row and column of the nucleus'
+    centre from the middle of the window, pixels. `seed`: what the parameters leave open (fibres, texture, the outline's bumps). Mean and
+    standard deviation of the intensities are exact over the drawn compartments."""
     random, n = np.random.default_rng(seed), len(table)
     p = {short(name): table[name].to_numpy(np.float64)[:, None, None] for name in PARAMETERS}
     grid = np.arange(window) - (window - 1) / 2
@@ -216,9 +218,9 @@ def draw_cells(table, offset, seed, window=WINDOW):
         spread = np.sqrt((centred ** 2 * inside).sum((1, 2), keepdims=True) / count)
         return np.clip(mean + sd * centred / np.maximum(spread, 1e-9), 0, None)
 
-    nucleus, q_nucleus = ellipse(p["Nuclei_AreaShape_Area"], p["Nuclei_AreaShape_Eccentricity"], p["Nuclei_AreaShape_Orientation"], 0.03, 3)
-    whole = p["Nuclei_AreaShape_Area"] + p["Cytoplasm_AreaShape_Area"]
-    cell, q_cell = ellipse(whole, p["Cells_AreaShape_Eccentricity"], p["Cells_AreaShape_Orientation"], 0.07, 4)
+    nucleus, q_nucleus = ellipse(p["Nuclei_Area"], p["Nuclei_Eccentricity"], p["Nuclei_Orientation"], 0.03, 3)
+    whole = p["Nuclei_Area"] + p["Cytoplasm_Area"]
+    cell, q_cell = ellipse(whole, p["Cells_Eccentricity"], p["Cells_Orientation"], 0.07, 4)
     cell = np.maximum(cell, nucleus)
     cytoplasm = cell * (1 - nucleus)
 
@@ -256,7 +258,7 @@ def simulate_field(table, x, y, seed):
 
 
 def cut(field, x, y):
-    """Crops (n, C, 68, 68) uint16 of a field's C channels (H, W) around x (columns) and y (rows), all inside: the centre's pixel is number 34."""
+    """Crops (n, C, 68, 68) uint16 of a field's C channels (H, W) around x (columns), y (rows), all inside: the centre is in pixel 34."""
     patches = np.empty((len(x), len(field), SIZE, SIZE), np.uint16)
     for patch, r, c in zip(patches, np.floor(y).astype(int) - SIZE // 2, np.floor(x).astype(int) - SIZE // 2):
         for k, channel in enumerate(field):
@@ -266,7 +268,8 @@ def cut(field, x, y):
 
 def write_release(folder, cells, table, seed):
     """The simulated fields as BBBC021 and CellProfiler write them: images/, BBBC021_v1_image.csv and _moa.csv, cellprofiler/*.csv.
-    As in real exports the numbers of cells and cytoplasms are not those of their nuclei: Parent_ columns tell. Returns the count of fields."""
+    As in real exports the numbers of cells and cytoplasms are not those of their nuclei: Parent_ columns tell. Returns the count of
+    fields."""
     folder, export = Path(folder), Path(folder) / "cellprofiler"
     export.mkdir(parents=True)
     per_field = cells.groupby("field", sort=False)
@@ -275,10 +278,9 @@ def write_release(folder, cells, table, seed):
     for name, file in zip(CHANNELS, ("w1", "w2", "w4")):
         image[f"Image_FileName_{name}"] = fields["field"] + f"_{file}.tif"
         image[f"Image_PathName_{name}"] = fields["plate"].str.split("_").str[0] + "/" + fields["plate"]
-    for name in ("plate", "well"):
-        image[f"Image_Metadata_{name.title()}_DAPI"] = fields[name]
-    image["Replicate"], image["Image_Metadata_Compound"] = fields["replicate"], fields["compound"]
-    image["Image_Metadata_Concentration"] = fields["concentration"].map("{:.6f}".format)
+    image = image.assign(Image_Metadata_Plate_DAPI=fields["plate"], Image_Metadata_Well_DAPI=fields["well"], Replicate=fields["replicate"],
+                         Image_Metadata_Compound=fields["compound"],
+                         Image_Metadata_Concentration=fields["concentration"].map("{:.6f}".format))
     image.to_csv(folder / "BBBC021_v1_image.csv", index=False)
     moa = fields[["compound", "concentration", "moa"]].drop_duplicates()
     moa.to_csv(folder / "BBBC021_v1_moa.csv", index=False, lineterminator="\r")  # as the real one
@@ -289,12 +291,13 @@ def write_release(folder, cells, table, seed):
         path.mkdir(parents=True, exist_ok=True)
         for name, channel in zip(CHANNELS, pixels):
             Image.fromarray(channel).save(path / image[f"Image_FileName_{name}"][i], format="TIFF")
-    own = image.filter(regex="FileName|PathName|ImageNumber")
-    own.rename(columns=lambda c: c.removeprefix("Image_")).to_csv(export / "Image.csv", index=False)
+    own = image.filter(regex="FileName|PathName|ImageNumber").rename(columns=lambda c: c.removeprefix("Image_"))
+    own.to_csv(export / "Image.csv", index=False)
     nucleus, last = per_field.cumcount() + 1, per_field["cell"].transform("size")
     for name, number in (("Nuclei", nucleus), ("Cells", last + 1 - nucleus), ("Cytoplasm", nucleus % last + 1)):
         own = pd.DataFrame({"ImageNumber": per_field.ngroup() + 1, "ObjectNumber": number})
-        own = own.assign(**{"Location_Center_X": cells["x"], "Location_Center_Y": cells["y"]} if name == "Nuclei" else {"Parent_Nuclei": nucleus})
+        place = {"Location_Center_X": cells["x"], "Location_Center_Y": cells["y"]}
+        own = own.assign(**place if name == "Nuclei" else {"Parent_Nuclei": nucleus})
         measured = table.filter(regex=f"^{name}_").rename(columns=lambda c: c.removeprefix(name + "_"))
         pd.concat([own, measured], axis=1).sort_values(["ImageNumber", "ObjectNumber"]).to_csv(export / f"{name}.csv", index=False)
     return len(fields)
@@ -349,7 +352,8 @@ def crops_table(folder, features, keep=None, moa=None):
         kept = f" that match --columns {keep}" if keep else ""
         raise InputError(f"{features}: no feature column; expected names like Nuclei_AreaShape_Area{kept}")
     keys = read_csv(features, usecols=[KEY], dtype=str)[KEY]
-    report = [f"{features}: {len(keys)} rows; {len(names)} features, {len(dropped)} columns set aside; metadata columns: {', '.join(other)}"]
+    report = [f"{features}: {len(keys)} rows; {len(names)} features, {len(dropped)} columns set aside; "
+              f"metadata columns: {', '.join(other)}"]
 
     source = folder / "metadata.csv"
     if not source.is_file():
@@ -369,7 +373,7 @@ def crops_table(folder, features, keep=None, moa=None):
             report.append(f"{len(absent)} {text}, first: {absent.iloc[0]}")
     report.append(f"{in_table.sum()} cells matched")
     if not in_table.any():
-        raise InputError(f"no {KEY} of {source} is in {features}: 0 cells matched, e.g. {table[KEY][:1].tolist()} against {keys[:1].tolist()}")
+        raise InputError(f"no {KEY} of {source} is in {features}: 0 cells matched, e.g. {table[KEY].iloc[0]!r} against {keys.iloc[0]!r}")
     if "field" not in cells:
         cells["field"] = cells["cell"].str.replace(r"_\d+(\.npy)?$", "", regex=True)
     place = pd.Index(cells["cell"]).get_indexer(keys)
@@ -439,12 +443,14 @@ def read_tiff(path, header_only=False):
 
 def fields_table(folder, export, image_csv, channels, keep=None, moa=None, skip_bad=False):
     """The cells of CellProfiler's export whose crops lie inside their fields: (cells, feature names, dropped, pieces, report, files).
-    `files` {field: its files in the order of `channels`}; what a field is (plate, compound, ...) tells `image_csv`, or else the export."""
+    `files` {field: its files in the order of `channels`}; what a field is (plate, compound, ...) tells `image_csv`, or else the
+    export."""
     cells, images, names, dropped, pieces, report = data.read_export(export, channels[0], keep, skip_bad)
     for c in channels:
         if f"FileName_{c}" not in images or (images[f"FileName_{c}"] == "").any():
             has = [n.removeprefix("FileName_") for n in images if n.startswith("FileName_")]
-            raise InputError(f"{export}: channel {c} has no file name for every field, names are of {', '.join(has) or 'none'}; see --channels")
+            raise InputError(f"{export}: channel {c} has no file name for every field, names are of {', '.join(has) or 'none'}; "
+                             "see --channels")
     if not names:
         raise InputError(f"{export}: no feature column" + (f" that matches --columns {keep}" if keep else ""))
     found, named = index_files(folder), images[[f"FileName_{c}" for c in channels]].to_numpy()
@@ -503,8 +509,8 @@ def fields_unit(unit):
 
 def split_cells(cells, by, seed):
     """A split for each cell, no group on both sides: groups are shuffled by the seed and go to the split furthest below its share.
-    `by`: cell (the paper, whose neighbours in a field then stand on both sides), field, well, plate or compound. A group with over
-    10 % of all cells always trains. Returns (N,) names; InputError where a split would be empty."""
+    `by`: cell (the paper, whose neighbours in a field then stand on both sides), field, well, plate or compound. A group with over 10 %
+    of all cells always trains. Returns (N,) names; InputError where a split would be empty."""
     if by == "cell":
         group = np.arange(len(cells))
     else:
@@ -518,8 +524,8 @@ def split_cells(cells, by, seed):
             side[g] = np.argmax(target - have / len(cells))
             have[side[g]] += size[g]
     if (have == 0).any():
-        raise InputError(f"--split {by}: {len(size)} groups leave no cell for {names[int(np.argmin(have))]} (a group over 10 % of the cells "
-                         "always trains); use a finer --split or more cells")
+        raise InputError(f"--split {by}: {len(size)} groups leave no cell for {names[int(np.argmin(have))]} (a group over 10 % of the "
+                         "cells always trains); use a finer --split or more cells")
     return np.array(names)[side[group]]
 
 
@@ -647,21 +653,22 @@ def read_patches(target, units, read_unit, state, workers, skip_bad):
         os.replace(state.with_suffix(".tmp"), state)
 
     try:
-        for (start, _), (patches, bad) in zip(todo, in_order(read_unit, [unit for _, unit in todo], workers)):
-            if bad and not skip_bad:
-                raise InputError(f"{next(iter(bad.values()))}; mend it, or leave such cells out with --skip-bad")
-            done["bad"].update({str(start + i): reason for i, reason in bad.items()})
-            at = start + len(patches)
-            target[start:at] = patches
-            done["units"] += 1
-            now = time.perf_counter()
-            if now - saved > SAVE_EVERY:
-                save()
-                saved = now
-            if now - said > 5 or done["units"] == len(units):
-                rate = (at - todo[0][0]) / max(now - begin, 1e-9)
-                print(f"patches {at}/{n} cells | {rate:.0f} cells/s | {(n - at) / rate:.0f} s left", flush=True)
-                said = now
+        with closing(in_order(read_unit, [unit for _, unit in todo], workers)) as results:
+            for (start, _), (patches, bad) in zip(todo, results):
+                if bad and not skip_bad:
+                    raise InputError(f"{next(iter(bad.values()))}; mend it, or leave such cells out with --skip-bad")
+                done["bad"].update({str(start + i): reason for i, reason in bad.items()})
+                at = start + len(patches)
+                target[start:at] = patches
+                done["units"] += 1
+                now = time.perf_counter()
+                if now - saved > SAVE_EVERY:
+                    save()
+                    saved = now
+                if now - said > 5 or done["units"] == len(units):
+                    rate = (at - todo[0][0]) / max(now - begin, 1e-9)
+                    print(f"patches {at}/{n} cells | {rate:.0f} cells/s | {(n - at) / rate:.0f} s left", flush=True)
+                    said = now
     finally:
         save()
     return {int(row): reason for row, reason in done["bad"].items()}
@@ -681,15 +688,15 @@ def white_levels(patches, rows):
 
 def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels, options, workers=1, skip_bad=False):
     """Writes a prepared folder: patches, features, cells.csv, meta.json; takes up OUT.partial where an earlier call was interrupted.
-    `pieces`: the measurements (data.fill_features); `units`: (row of the first cell, what `read_unit` takes), see read_patches; `options`:
-    split, normalise, drop_duplicates, seed and whatever else describes the call. Returns the meta dictionary."""
+    `pieces`: the measurements (data.fill_features); `units`: (row of the first cell, what `read_unit` takes), see read_patches;
+    `options`: split, normalise, drop_duplicates, seed and whatever else describes the call. Returns the meta dictionary."""
     out = Path(out)
     work = out.with_name(out.name + ".partial")
     plan = hashlib.sha256(pd.util.hash_pandas_object(cells, index=False).to_numpy().tobytes())
     plan.update(json.dumps([options, names, channels], sort_keys=True, default=str).encode())
     plan = plan.hexdigest()
     if (work / "plan").exists() and (work / "plan").read_text() != plan:
-        raise InputError(f"{work}: an interrupted preparation with other options or input; repeat those to go on with it, or delete the folder")
+        raise InputError(f"{work}: an interrupted preparation with other options or input; repeat those to go on, or delete the folder")
     work.mkdir(parents=True, exist_ok=True)
     (work / "plan").write_text(plan)
 
@@ -775,24 +782,27 @@ def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels,
 
 
 def describe(out):
-    """What a prepared folder holds, in lines."""
+    """What a prepared folder holds, as text."""
     folder = data.open_folder(out)
     counts, meta = folder.meta["counts"], folder.meta
     trained = set(folder.treatment[folder.cells["split"] == "train"])
     absent = [t for i, t in enumerate(folder.treatments) if i not in trained]
-    reasons = pd.Series([re.sub(r"^[\d.]+% |identical to .*", lambda m: "over 5 % " if "%" in m[0] else "identical to another", r)
-                         for r in meta["dropped"].values()], dtype=str).value_counts()
-    return [
-        f"{out}: {counts['cells']} cells of {counts['plates']} plates, {counts['wells']} wells, {counts['fields']} fields; {counts['compounds']} compounds, "
-        f"{counts['treatments']} treatments, {counts['mechanisms']} mechanisms",
-        f"  split by {meta['options']['split']}: " + ", ".join(f"{s} {k} ({k / counts['cells']:.1%})" for s, k in counts["split"].items()),
-        f"  treatments absent from training: {', '.join(absent[:8]) + (', ...' if len(absent) > 8 else '') if absent else 'none'}",
-        f"  {len(folder.features)} features, normalise {meta['normalise']}; dropped {len(meta['dropped'])}"
+    reasons = pd.Series(list(meta["dropped"].values()), dtype=str).replace(
+        {r"^[\d.]+% ": "over 5 % ", "identical to .*": "identical to another"}, regex=True).value_counts()
+    by, imputed, clipped = meta["options"]["split"], meta["imputed"].values(), meta["clipped"].values()
+    lines = [
+        f"{out}: {counts['cells']} cells of {counts['plates']} plates, {counts['wells']} wells, {counts['fields']} fields; "
+        f"{counts['compounds']} compounds, {counts['treatments']} treatments, {counts['mechanisms']} mechanisms",
+        f"split by {by}: " + ", ".join(f"{s} {k} ({k / counts['cells']:.1%})" for s, k in counts["split"].items()),
+        f"treatments absent from training: {', '.join(absent[:8]) + (', ...' if len(absent) > 8 else '') if absent else 'none'}",
+        f"{len(folder.features)} features, normalise {meta['normalise']}; dropped {len(meta['dropped'])}"
         + "".join(f"; {k} {r}" for r, k in reasons.items()),
-        f"  imputed {sum(meta['imputed'].values())} values in {len(meta['imputed'])} features; beyond {CLIP:.0f} sd {sum(meta['clipped'].values())} values in {len(meta['clipped'])}",
-        f"  channels {', '.join(folder.channels)}; cells with a black channel {counts['cells_with_a_black_channel']}; "
-        f"{(folder.path / 'patches.npy').stat().st_size / 1e6:.0f} MB of patches",
-    ] + (["  split by cell, as the paper: cells of one field stand on both sides; --split plate is the honest test"] if meta["options"]["split"] == "cell" else [])
+        f"imputed {sum(imputed)} values in {len(imputed)} features; beyond {CLIP:.0f} sd {sum(clipped)} values in {len(clipped)}",
+        f"channels {', '.join(folder.channels)}; cells with a black channel {counts['cells_with_a_black_channel']}; "
+        f"{folder.patches.nbytes / 1e6:.0f} MB of patches"]
+    if by == "cell":
+        lines.append("split by cell, as the paper: cells of one field stand on both sides; --split plate is the honest test")
+    return "\n  ".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -822,7 +832,8 @@ def foreground(x, sigma, level=1.0):
     """Bright pixels of each image, holes filled: smooth by `sigma` pixels, logarithm, cut at `level` of the way from the
     darkest pixel to Otsu's threshold. x (N, H, W) of any scale -> (smoothed x, (N, H, W) bool)."""
     x = ndi.gaussian_filter(np.maximum(x, 0).astype(np.float32), (0, sigma, sigma))
-    log = np.log(x / np.maximum(x.max((1, 2), keepdims=True), 1e-12) + 0.05)    # a dim nucleus beside a bright one stays, a faint halo of a generated one does not count
+    # in the logarithm a dim nucleus beside a bright one stays; + 0.05: the faint halo of a generated one does not count
+    log = np.log(x / np.maximum(x.max((1, 2), keepdims=True), 1e-12) + 0.05)
     low = np.percentile(log, 0.1, axis=(1, 2), keepdims=True)
     bright = ndi.binary_fill_holes(log > low + level * (otsu(log) - low), FLAT4)
     return x, bright & ~bright.all((1, 2), keepdims=True)
@@ -847,9 +858,7 @@ def hills(height):
 
 def find_nuclei(dapi):
     """Nuclei of each image: dapi (N, H, W) -> (smoothed dapi, (N, H, W) int labels, 0 = background).
-
-    Touching nuclei are parted where the smoothed distance to the background falls into different hills.
-    """
+    Touching nuclei are parted where the smoothed distance to the background falls into different hills."""
     smooth, bright = foreground(dapi, 1)
     depth = ndi.distance_transform_edt(bright, sampling=(1e3, 1, 1))            # 1e3: images of a stack are far apart
     return smooth, hills(ndi.gaussian_filter(depth, (0, 3, 3))) * bright
@@ -859,9 +868,8 @@ def find_cells(nuclei, tubulin, actin):
     """Cells around nuclei: every bright pixel of tubulin + actin goes to the nearest nucleus. All (N, H, W) -> int labels."""
     stain = sum(x / np.maximum(x.max((1, 2), keepdims=True), 1e-12) for x in (tubulin, actin))
     _, bright = foreground(stain, 1, level=0.5)                                 # cells fade out: halfway to Otsu
-    image, row, column = ndi.distance_transform_edt(nuclei == 0, sampling=(1e3, 1, 1), return_distances=False,
-                                                    return_indices=True)
-    return nuclei[image, row, column] * (bright | (nuclei > 0))
+    nearest = ndi.distance_transform_edt(nuclei == 0, sampling=(1e3, 1, 1), return_distances=False, return_indices=True)
+    return nuclei[tuple(nearest)] * (bright | (nuclei > 0))
 
 
 def keep_connected(mask, seed):
@@ -871,11 +879,9 @@ def keep_connected(mask, seed):
 
 def segment(images, chunk=256):
     """Nucleus and cell in the middle of each patch.
-
-    images (N, 3, H, W) uint16 or float of any scale, channels DAPI, tubulin, actin.
-    Returns masks (N, H, W) uint8, bit 1 nucleus, bit 2 cell (which contains the nucleus). A patch without a plausible
-    nucleus at its centre (too small, too large, no contrast) is all zero: nothing is invented.
-    """
+    images (N, 3, H, W) uint16 or float of any scale, channels DAPI, tubulin, actin. Returns masks (N, H, W) uint8, bit 1 nucleus, bit 2
+    cell (which contains the nucleus). A patch without a plausible nucleus at its centre (too small, too large, no contrast) is all zero:
+    nothing is invented."""
     masks = np.zeros((len(images), *images.shape[2:]), np.uint8)
     for start in range(0, len(images), chunk):
         dapi, tubulin, actin = np.asarray(images[start:start + chunk], np.float32).transpose(1, 0, 2, 3)
@@ -898,9 +904,7 @@ def segment(images, chunk=256):
 
 def segment_field(dapi, tubulin, actin):
     """Nuclei and cells of one whole field: three (H, W) images -> two (H, W) int32 label images, a cell has its nucleus' label.
-
-    Nuclei below MIN_AREA pixels or MIN_CONTRAST are dropped; labels run from 1 without gaps.
-    """
+    Nuclei below MIN_AREA pixels or MIN_CONTRAST are dropped; labels run from 1 without gaps."""
     dapi, tubulin, actin = (np.asarray(x, np.float32)[None] for x in (dapi, tubulin, actin))
     smooth, nuclei = find_nuclei(dapi)
     nuclei = np.unique(nuclei, return_inverse=True)[1].reshape(nuclei.shape)
@@ -916,7 +920,7 @@ def segment_field(dapi, tubulin, actin):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring as CellProfiler 4.2.8 does, without it: torch, any device, N objects at once.
-# Coordinates are 0-based pixel centres, X = column, Y = row. Formulae: CellProfiler's MeasureObject* modules (scikit-image, centrosome, mahotas).
+# Coordinates are 0-based pixel centres, X = column, Y = row. Formulae: CellProfiler's MeasureObject* (scikit-image, centrosome, mahotas).
 # m (N, H, W) bool is one object per patch with an empty margin of MARGIN pixels; x (N, C, H, W) float32 in 0..1.
 # Every family returns (names, values (N, len(names)) float64).
 
@@ -948,9 +952,7 @@ def quantile(ranked, count, share):
 
 def outline(m):
     """Pixels of m with one of their 4 neighbours outside."""
-    inside = m.clone()
-    inside[:, 1:-1, 1:-1] &= m[:, :-2, 1:-1] & m[:, 2:, 1:-1] & m[:, 1:-1, :-2] & m[:, 1:-1, 2:]
-    return m & ~inside
+    return m & ~F.pad(m[:, :-2, 1:-1] & m[:, 2:, 1:-1] & m[:, 1:-1, :-2] & m[:, 1:-1, 2:], (1, 1, 1, 1))
 
 
 def squared_distance(m):
@@ -988,8 +990,8 @@ def sweep(length, step):
 def path_length(m, row, column):
     """Shortest way inside m from pixel (row, column) of each object, by steps of 1 and sqrt(2): (N, H, W), inf = no way."""
     n, h, w = m.shape
-    y, x = torch.arange(h, device=m.device)[:, None, None], torch.arange(w, device=m.device)[:, None]
-    dy, dx = (y - row).abs().float(), (x - column).abs().float()
+    dy = (torch.arange(h, device=m.device)[:, None, None] - row).abs().float()
+    dx = (torch.arange(w, device=m.device)[:, None] - column).abs().float()
     free = torch.maximum(dy, dx) + (math.sqrt(2) - 1) * torch.minimum(dy, dx)   # (H, W, N), without obstacles
     length = torch.full_like(free, math.inf).masked_fill_(free == 0, 0)
     step = torch.where(m.permute(1, 2, 0), 1.0, math.inf).contiguous()
@@ -1050,9 +1052,7 @@ def zernike_coefficients():
 
 def zernike(m):
     """Magnitude of the 30 Zernike moments of each shape in its smallest enclosing circle: (N, 30).
-
-    All pixels count. CellProfiler loses 1-3 on the circle itself to rounding: equal to 0.011.
-    """
+    All pixels count. CellProfiler loses 1-3 on the circle itself to rounding: equal to 0.011."""
     centre, radius = enclosing_circle(m)
     y, x = (torch.arange(size, device=m.device) for size in m.shape[1:])
     moment = moments(m.double(), (y - centre.imag) / radius, (x - centre.real) / radius, 9).to(torch.complex128)
@@ -1153,9 +1153,7 @@ def intensity(x, m, edge, channels):
 
 def texture(x, m, channels, scale):
     """Haralick's 13 features of grey levels co-occurring `scale` pixels apart, in 4 directions and every channel.
-
-    256 grey levels; level 0 counts as outside. 0 where a direction has no pair at all, as in CellProfiler.
-    """
+    256 grey levels; level 0 counts as outside. 0 where a direction has no pair at all, as in CellProfiler."""
     n, h, w = m.shape
     k = torch.arange(511, dtype=torch.float64, device=m.device)
     entropy = lambda p: -(p * p.clamp(min=1e-300).log2()).sum(1)                # of each row, in bits
@@ -1198,9 +1196,7 @@ def texture(x, m, channels, scale):
 
 def ring_and_wedge(m, distance2):
     """Ring * 8 + wedge of every pixel seen from the innermost one, in RINGS rings from there to the edge: (N, H, W), -1 outside.
-
-    The innermost pixel is the first one farthest from the edge. Where several tie, CellProfiler's choice is arbitrary.
-    """
+    The innermost pixel is the first one farthest from the edge. Where several tie, CellProfiler's choice is arbitrary."""
     n, h, w = m.shape
     centre = distance2.flatten(1).argmax(1)
     row, column = centre // w, centre % w
@@ -1260,16 +1256,14 @@ def correlation(x, m, channels, threshold=0.15):
 
 def measure(images, masks, channels=("DAPI", "Tubulin", "Actin"), scale=3, chunk=64, device="cpu"):
     """Measure nucleus, cell and cytoplasm (cell without nucleus) of each patch under CellProfiler 4.2.8's names.
-
-    images (N, C, H, W), uint16 (divided by 65535, as CellProfiler reads a 16-bit TIFF) or float in 0..1; masks (N, H, W)
-    uint8, bit 1 nucleus, bit 2 cell, as from `segment`. The first channel is measured in nuclei only. `scale` in pixels is
-    that of Texture; a patch is at most 180 wide. Returns names, a list of F, and values (N, F) float64; a missing object
-    is NaN, a black channel gives 0 or NaN. `chunk` patches are measured at a time and share nothing.
-    """
+    images (N, C, H, W), uint16 (divided by 65535, as CellProfiler reads a 16-bit TIFF) or float in 0..1; masks (N, H, W) uint8, bit 1
+    nucleus, bit 2 cell, as from `segment`. The first channel is measured in nuclei only. `scale` in pixels is that of Texture; a patch is
+    at most 180 wide. Returns names, a list of F, and values (N, F) float64; a missing object is NaN, a black channel gives 0 or NaN.
+    `chunk` patches are measured at a time and share nothing."""
     images, masks = np.asarray(images), np.asarray(masks)
     assert images.shape[0] == masks.shape[0] and images.shape[2:] == masks.shape[1:], (images.shape, masks.shape)
-    assert len(images) and images.shape[1] == len(channels) and max(masks.shape[1:]) <= 180 and chunk < 2 ** 13, (images.shape, channels, chunk)
-    channels, whole = list(channels), 65535 if images.dtype.kind in "ui" else 1
+    assert len(images) and images.shape[1] == len(channels) and max(masks.shape[1:]) <= 180 and chunk < 2 ** 13, (images.shape, chunk)
+    whole = 65535 if images.dtype.kind in "ui" else 1
 
     def part(start):
         torch.set_num_threads(1)
@@ -1307,44 +1301,39 @@ def measure(images, masks, channels=("DAPI", "Tubulin", "Actin"), scale=3, chunk
 
 def measure_by_cp_measure(images, masks, channels=CHANNELS):
     """The same job as `measure`, by the package cp_measure 0.3.0 (optional), which knows more features: names and values (N, F).
-
-    Patches are tiled with a gap into one picture, as the package wants it; `legacy`: CellProfiler's definitions. InputError without it.
-    """
+    Patches are tiled with a gap into one picture, as the package wants it; `legacy`: CellProfiler's definitions. InputError without it."""
     try:
         from cp_measure.bulk import get_core_measurements, get_correlation_measurements
     except ImportError:
         raise InputError("--engine cp_measure: the package is not installed; pip install cp_measure==0.3.0, or use --engine ours") from None
     images, masks = np.asarray(images), np.asarray(masks)
-    whole, side, gap = 65535 if images.dtype.kind in "ui" else 1, math.ceil(math.sqrt(len(images))), 4
+    whole, side = 65535 if images.dtype.kind in "ui" else 1, math.ceil(math.sqrt(len(images)))
 
     def tiled(patches):
-        """(N, H, W) -> one picture with `gap` pixels of 0 between the patches"""
-        padded = np.zeros((side * side, patches.shape[1] + gap, patches.shape[2] + gap), patches.dtype)
-        padded[:len(patches), gap // 2:-gap // 2, gap // 2:-gap // 2] = patches
+        """(N, H, W) -> one picture with 4 pixels of 0 between the patches"""
+        padded = np.pad(patches, ((0, side * side - len(patches)), (2, 2), (2, 2)))
         return padded.reshape(side, side, *padded.shape[1:]).swapaxes(1, 2).reshape(side * padded.shape[1], -1)
 
     pixels = [tiled(images[:, c].astype(np.float32) / np.float32(whole)) for c in range(len(channels))]
     core, pairs, found = get_core_measurements(legacy=True), get_correlation_measurements(), {}
     nucleus, cell = (masks & NUCLEUS) > 0, (masks & CELL) > 0
     for compartment, part in (("Nuclei", nucleus), ("Cells", cell), ("Cytoplasm", cell & ~nucleus)):
-        there = np.flatnonzero(part.any((1, 2)))
-        label = np.zeros(len(part), int)
-        label[there] = np.arange(len(there)) + 1
-        labels = tiled(part * label[:, None, None])
-        results = [("AreaShape_" + name, v) for k in ("sizeshape", "zernike", "feret") for name, v in core[k](labels, None).items()]
+        there = part.any((1, 2))
+        labels = tiled(part * np.where(there, there.cumsum(), 0)[:, None, None])
+        results = {f"AreaShape_{name}": v for kind in ("sizeshape", "zernike", "feret") for name, v in core[kind](labels, None).items()}
         stains = list(zip(channels, pixels))[0 if compartment == "Nuclei" else 1:]
         for channel, x in stains:
-            for kind, prefix in (("intensity", ""), ("texture", "Texture_"), ("radial_distribution", ""), ("radial_zernikes", ""), ("granularity", "")):
+            for kind in ("intensity", "texture", "radial_distribution", "radial_zernikes", "granularity"):
                 for name, v in core[kind](labels, x).items():
-                    family, feature, *rest = (prefix + name).split("_")
-                    results.append(("_".join([family, feature, channel, *rest]), v))
+                    family, feature, *rest = (f"Texture_{name}" if kind == "texture" else name).split("_")
+                    results["_".join([family, feature, channel, *rest])] = v
         for (a, x), (b, y) in itertools.combinations(stains if compartment == "Cells" else [], 2):
             for kind in ("pearson", "manders_fold", "rwc"):
                 for name, v in pairs[kind](x, y, labels).items():
                     feature = name.removeprefix("Correlation_").replace("Pearson", "Correlation")
-                    results.append((f"Correlation_{feature.removesuffix('_2')}_{b}_{a}" if feature.endswith("_2") else
-                                    f"Correlation_{feature.removesuffix('_1')}_{a}_{b}", v))
-        for name, v in results:
+                    order = f"{b}_{a}" if feature.endswith("_2") else f"{a}_{b}"
+                    results[f"Correlation_{re.sub('_[12]$', '', feature)}_{order}"] = v
+        for name, v in results.items():
             found[f"{compartment}_{name}"] = np.full(len(masks), np.nan)
             found[f"{compartment}_{name}"][there] = v
     return list(found), np.stack(list(found.values()), 1)
@@ -1361,46 +1350,42 @@ WINDOWS = (68, 96, 128, 178)  # pixels, sides of the squares in which objects of
 
 def measure_fields(images, export, image_csv, channels, workers, skip_bad, engine="ours"):
     """Segments and measures every field below `images` and writes an export like CellProfiler's, one folder a field, at `export`.
-
-    The files of a field: `image_csv` names them (Image_FileName_<channel>), or they share a name up to _w<number>, as BBBC021's do. Fields
-    whose folder is there already are not measured again, so that an interrupted call goes on.
-    """
+    The files of a field: `image_csv` names them (Image_FileName_<channel>), or they share a name up to _w<number>, as BBBC021's do.
+    Fields whose folder is there already are not measured again, so that an interrupted call goes on."""
     found, fields = index_files(images), {}
     if image_csv:
-        table = read_csv(image_csv, dtype=str)
-        columns = [f"Image_FileName_{c}" for c in channels]
+        table, columns = read_csv(image_csv, dtype=str), [f"Image_FileName_{c}" for c in channels]
         if lacking := [c for c in columns if c not in table]:
             raise InputError(f"{image_csv}: no column {lacking[0]}, found {list(table.columns)}; see --channels")
-        fields = {Path(row[0]).stem: [found.get(name, Path(images) / name) for name in row] for row in table[columns].to_numpy() if row[0] in found}
+        for row in table[columns].to_numpy():
+            if row[0] in found:
+                fields[Path(row[0]).stem] = [found.get(name, Path(images) / name) for name in row]
     else:
         for path in found.values():
             if match := re.match(r"(.+)_w(\d+)", path.stem):
                 fields.setdefault((path.parent, match[1]), []).append((int(match[2]), path))
         fields = {files[0][1].stem: [path for _, path in files] for files in map(sorted, fields.values())}
-    for name, files in fields.items():
+    for files in fields.values():
         if len(files) != len(channels):
             raise InputError(f"{files[0]}: {len(files)} files share its name up to _w, expected one for each of {', '.join(channels)}")
     if not fields:
         raise InputError(f"{images}: no field; expected files named ..._w1..., _w2..., _w4..., or give --image-csv")
     todo = [(number, name, files) for number, (name, files) in enumerate(fields.items(), 1) if not (Path(export) / name).exists()]
     begin, said, count = time.perf_counter(), time.perf_counter(), 0
-    with ProcessPoolExecutor(workers, initializer=begin_worker) as pool:
-        jobs = [pool.submit(measure_field, unit, export, channels, engine, skip_bad) for unit in todo]
-        try:
-            for k, job in enumerate(jobs, 1):
-                count += job.result()
-                if time.perf_counter() - said > 5 or k == len(jobs):
-                    said = time.perf_counter()
-                    print(f"measured {k}/{len(todo)} fields | {count / (said - begin):.1f} cells/s | {(said - begin) / k * (len(todo) - k):.0f} s left", flush=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    work = partial(measure_field, export=export, channels=channels, engine=engine, skip_bad=skip_bad)
+    with closing(in_order(work, todo, workers)) as results:
+        for k, cells in enumerate(results, 1):
+            count += cells
+            if time.perf_counter() - said > 5 or k == len(todo):
+                said = time.perf_counter()
+                rate, left = count / (said - begin), (said - begin) / k * (len(todo) - k)
+                print(f"measured {k}/{len(todo)} fields | {rate:.1f} cells/s | {left:.0f} s left", flush=True)
     return export
 
 
 def measure_field(unit, export, channels, engine="ours", skip_bad=False):
     """Segments and measures one field, unit = (ImageNumber, name, files), and writes its four tables; returns the number of cells."""
     number, name, files = unit
-    torch.set_num_threads(1)  # the fields run side by side
     try:
         field = [read_tiff(file) for file in files]
         if len({x.shape for x in field}) > 1:
@@ -1410,31 +1395,27 @@ def measure_field(unit, export, channels, engine="ours", skip_bad=False):
             raise
         return 0
     nuclei, cells = segment_field(*field)
-    field = np.stack([x * np.uint16(257) if x.dtype == np.uint8 else x for x in field])
-    boxes, names, rows, label = ndi.find_objects(cells), [], [], []  # measured in squares: places in them mean nothing and are not written
+    # Objects are cut out in squares, whose last two layers are the labels; places in a square mean nothing and are not written
+    layers = np.stack([*(x * np.uint16(257) if x.dtype == np.uint8 else x for x in field), nuclei, cells])
+    layers = np.pad(layers, ((0, 0), *[(WINDOWS[-1],) * 2] * 2))
+    boxes, tables = ndi.find_objects(cells), []
     size = np.array([max(s.stop - s.start for s in box) for box in boxes], int)
-    padded = np.pad(field, ((0, 0), *[(WINDOWS[-1],) * 2] * 2))
-    pad_nuclei, pad_cells = (np.pad(x, WINDOWS[-1]) for x in (nuclei, cells))
     for low, side in zip((0, *WINDOWS), WINDOWS):
-        here = np.flatnonzero((size > low) & (size <= side))
-        patches, masks = np.zeros((len(here), len(field), side, side), np.uint16), np.zeros((len(here), side, side), np.uint8)
-        for i, k in enumerate(here):
-            at = tuple(slice(m := (s.start + s.stop - side) // 2 + WINDOWS[-1], m + side) for s in boxes[k])
-            patches[i] = padded[(slice(None), *at)]
-            masks[i] = NUCLEUS * (pad_nuclei[at] == k + 1) + CELL * (pad_cells[at] == k + 1)
-        if len(here):
-            names, values = ENGINES[engine](patches, masks, channels)
-            rows.append(values)
-            label.append(here + 1)
-    label = np.concatenate(label) if label else np.zeros(0, int)
-    table = pd.DataFrame(np.concatenate(rows) if rows else np.zeros((0, 0)), index=label, columns=names).sort_index()
+        label = np.flatnonzero((size > low) & (size <= side)) + 1
+        corner = [[(s.start + s.stop - side) // 2 + WINDOWS[-1] for s in boxes[k - 1]] for k in label]
+        squares = np.array([layers[:, r:r + side, c:c + side] for r, c in corner])
+        if len(label):
+            own = squares[:, -2:] == label[:, None, None, None]
+            names, values = ENGINES[engine](squares[:, :-2].astype(np.uint16), (NUCLEUS * own[:, 0] + CELL * own[:, 1]).astype(np.uint8), channels)
+            tables.append(pd.DataFrame(values, label, names))
+    table = pd.concat(tables).sort_index() if tables else pd.DataFrame(index=np.zeros(0, int))
     work = Path(export) / f".{name}"
     work.mkdir(parents=True, exist_ok=True)
     image = {"ImageNumber": number, **{f"FileName_{c}": Path(file).name for c, file in zip(channels, files)}}
     pd.DataFrame([image]).to_csv(work / "Image.csv", index=False)
     centre = np.array(ndi.center_of_mass(nuclei > 0, nuclei, table.index)).reshape(-1, 2)
-    for o in ("Nuclei", "Cells", "Cytoplasm"):
-        own = table[[c for c in sort_columns(names)[0] if c.startswith(o + "_")]].rename(columns=lambda c: c.removeprefix(o + "_"))
+    for o in data.OBJECTS:
+        own = table[[c for c in sort_columns(table.columns)[0] if c.startswith(o + "_")]].rename(columns=lambda c: c.removeprefix(o + "_"))
         keys = {"ImageNumber": number, "ObjectNumber": table.index, "Parent_Nuclei": table.index}
         if o == "Nuclei":
             keys |= {"Location_Center_X": centre[:, 1], "Location_Center_Y": centre[:, 0]}
@@ -1454,20 +1435,18 @@ def choose_cells(cells, taxol, exclude, limit, seed):
         control = (cells["compound"] == "taxol") & np.isclose(cells["concentration"], 0.3)
         control &= ~((cells["well"] == "D05") & cells["plate"].isin(["Week1_22123", "Week1_22141", "Week1_22161"]))
         stay &= ~control.to_numpy()
-        report.append(f"{int(control.sum())} cells of taxol 0.3 uM positive-control wells dropped")
+        report.append(f"{control.sum()} cells of taxol 0.3 uM positive-control wells dropped")
     if exclude:
         table = read_csv(exclude, dtype=str)
-        unknown = [c for c in table.columns if c not in CELL_COLUMNS]
-        if unknown or not len(table):
-            raise InputError(f"{exclude}: expected a CSV with columns among {CELL_COLUMNS[:-1]} and a row for what to leave out, found {list(table.columns)}")
-        as_text = cells[list(table.columns)].astype(str)
-        out = pd.Series(map(tuple, as_text.to_numpy())).isin(set(map(tuple, table.to_numpy()))).to_numpy()
+        if set(table.columns) - set(CELL_COLUMNS[:-1]) or not len(table):
+            raise InputError(f"{exclude}: expected a CSV with columns among {CELL_COLUMNS[:-1]} and a row for what to leave out, "
+                             f"found {list(table.columns)}")
+        out = pd.MultiIndex.from_frame(cells[list(table.columns)].astype(str)).isin(pd.MultiIndex.from_frame(table))
         stay &= ~out
         report.append(f"{out.sum()} cells excluded by {exclude}")
     if limit and stay.sum() > limit:
         left = np.flatnonzero(stay)
-        stay[:] = False
-        stay[np.random.default_rng([seed, 4]).choice(left, limit, replace=False)] = True
+        stay = np.isin(np.arange(len(cells)), np.random.default_rng([seed, 4]).choice(left, limit, replace=False))
         report.append(f"{limit} of {len(left)} cells drawn (--limit, seed {seed})")
     if not stay.any():
         raise InputError("no cell is left after --taxol-controls, --exclude and --limit")
@@ -1483,19 +1462,21 @@ def parse(argv):
     source.add_argument("--images", metavar="DIR", help="whole fields: TIFF files, found by name anywhere below DIR")
     source.add_argument("--check", metavar="DIR", help="compare every checksum of a prepared folder, write nothing")
     add("--features", metavar="TABLE", help=f"with --crops: CSV of CellProfiler measurements, key column {KEY}")
-    add("--cellprofiler", metavar="EXPORT", help="with --images: CellProfiler's folder of CSV files (or of such folders), or SQLite file (default: cells are segmented and measured here)")
-    add("--engine", choices=list(ENGINES), default="ours", help="with --images alone: who measures, ours or the package cp_measure (default ours)")
+    add("--cellprofiler", metavar="EXPORT", help="with --images: CellProfiler's folder of CSV files (or of such folders), or SQLite file "
+                                                 "(default: cells are segmented and measured here)")
+    add("--engine", choices=list(ENGINES), default="ours", help="with --images alone: who measures, or the package cp_measure (default ours)")
     add("--image-csv", metavar="FILE", help="with --images: BBBC021_v1_image.csv, what a field is (default: CellProfiler's Metadata_)")
-    add("--channels", default=",".join(CHANNELS), help="with --images: names of the FileName_ columns in order (default DAPI,Tubulin,Actin)")
-    add("--write-release", metavar="DIR", help="with --simulate: write fields, BBBC021's tables and CellProfiler's, and no prepared folder")
+    add("--channels", default="DAPI,Tubulin,Actin", help="with --images: names of the FileName_ columns in order (default %(default)s)")
+    add("--write-release", metavar="DIR", help="with --simulate: write fields, BBBC021's tables and CellProfiler's, no prepared folder")
     add("--moa", metavar="FILE", help="BBBC021_v1_moa.csv: mechanisms by compound and concentration (default: the metadata's own)")
-    add("--stored-order", default="DAPI,Actin,Tubulin", help="with --crops: channels in the order the files hold them (default DAPI,Actin,Tubulin)")
+    add("--stored-order", default="DAPI,Actin,Tubulin", help="with --crops: channels in the files' order (default %(default)s)")
     add("--columns", metavar="REGEX", help="keep only features that match, e.g. '^Nuclei_AreaShape'")
     add("--out", metavar="DIR", help="the prepared folder to write")
-    add("--split", choices=["cell", "field", "well", "plate", "compound"], default="cell", help="unit that never stands in two splits (default cell, the paper)")
-    add("--normalise", choices=["train", "plate-dmso"], default="train", help="centre and scale from all training cells, or per plate from its DMSO cells")
+    add("--split", choices=["cell", "field", "well", "plate", "compound"], default="cell",
+        help="unit that never stands in two splits (default cell, the paper)")
+    add("--normalise", choices=["train", "plate-dmso"], default="train", help="centre and scale from all training cells, or per plate from DMSO")
     add("--drop-duplicates", action="store_true", help="drop features that are identical to an earlier one")
-    add("--taxol-controls", choices=["keep", "drop"], default="keep", help="taxol 0.3 uM is also the positive control of every plate (default keep)")
+    add("--taxol-controls", choices=["keep", "drop"], default="keep", help="taxol 0.3 uM is the positive control of every plate (default keep)")
     add("--exclude", metavar="FILE", help="CSV of what to leave out: columns of cells.csv (plate, well, ...), a row for each combination")
     add("--limit", type=int, metavar="N", help="only N cells, drawn by the seed")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read patches (default: the CPUs, 8 at most)")
@@ -1511,11 +1492,10 @@ def parse(argv):
     for name, least in (("simulate", 100), ("limit", 1), ("workers", 1), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name} is {getattr(args, name)}, expected {least} or more")
-    if args.columns:
-        try:
-            re.compile(args.columns)
-        except re.error as error:
-            parser.error(f"--columns {args.columns!r} is no regular expression ({error})")
+    try:
+        re.compile(args.columns or "")
+    except re.error as error:
+        parser.error(f"--columns {args.columns!r} is no regular expression ({error})")
     return args
 
 
@@ -1529,10 +1509,9 @@ def main(argv=None):
         if not all(equal.values()):
             raise InputError(f"{args.check}: changed; prepare it again")
         return
-    if args.write_release:
-        if Path(args.write_release).exists():
-            raise InputError(f"{args.write_release}: exists already; choose another --write-release, or delete it")
-        r = args.write_release
+    if r := args.write_release:
+        if Path(r).exists():
+            raise InputError(f"{r}: exists already; choose another --write-release, or delete it")
         count = write_release(r, *simulate_table(args.simulate, args.seed), args.seed)
         print(f"{r}: {count} fields; next: python prepare_bbbc021.py --images {r}/images --cellprofiler {r}/cellprofiler "
               f"--image-csv {r}/BBBC021_v1_image.csv --moa {r}/BBBC021_v1_moa.csv --out out/")
@@ -1559,36 +1538,35 @@ def main(argv=None):
         cells, names, dropped, pieces, report = crops_table(args.crops, args.features, args.columns, moa)
     else:
         channels = args.channels.split(",")
-        if len(set(channels)) < 3 or len(channels) > 3:
+        if len(set(channels)) != 3 or len(channels) != 3:
             raise InputError(f"--channels {args.channels}: expected three names, separated by commas")
-        export = args.cellprofiler or measure_fields(args.images, f"{out}.measured", args.image_csv, channels, args.workers, args.skip_bad, args.engine)
+        export = args.cellprofiler or measure_fields(args.images, f"{out}.measured", args.image_csv, channels, args.workers,
+                                                     args.skip_bad, args.engine)
         cells, names, dropped, pieces, report, files = fields_table(args.images, export, args.image_csv, channels, args.columns,
                                                                     moa, args.skip_bad)
     stay, more = choose_cells(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
     cells, pieces = data.keep_cells(cells, pieces, stay)
+    print("\n".join(report + more))
 
-    fields = {field: part for field, part in cells.groupby("field", sort=False)}
+    fields = dict(list(cells.groupby("field", sort=False)))
     if args.simulate:
-        units, row = [], np.flatnonzero(stay)
+        read_unit, units, row = simulated_unit, [], np.flatnonzero(stay)
         for field, whole in drawn.groupby("field", sort=False):
             if field in fields:  # all its cells are drawn, also those that are not kept: a picture does not depend on --limit
                 kept, first = fields[field].index, whole.index[0]
                 place = whole["x"].to_numpy(), whole["y"].to_numpy()
                 units.append((kept[0], (table.loc[whole.index], *place, [args.seed, 5, first], row[kept] - first)))
-        read_unit = simulated_unit
     elif args.crops:
+        read_unit, order = crops_unit, [stored.index(c) for c in channels]
         paths = [f"{args.crops}/{field}/{cell.removesuffix('.npy')}.npy" for field, cell in zip(cells["field"], cells["cell"])]
-        order = [stored.index(c) for c in channels]
         units = [(a, (paths[a:a + CROPS_AT_ONCE], order)) for a in range(0, len(cells), CROPS_AT_ONCE)]
-        read_unit = crops_unit
     else:
-        units = [(part.index[0], (files[field], part["x"].to_numpy(), part["y"].to_numpy())) for field, part in fields.items()]
         read_unit = fields_unit
-    for line in report + more:
-        print(line)
+        units = [(part.index[0], (files[field], part["x"].to_numpy(), part["y"].to_numpy())) for field, part in fields.items()]
     meta = write_folder(out, cells, names, dropped, pieces, units, read_unit, channels, options, args.workers, args.skip_bad)
-    print("\n".join(describe(out)))
-    print(f"done in {time.perf_counter() - begin:.1f} s; next: python train.py --data {args.out}" + ("" if meta["counts"]["treatments"] > 7 else " --batch 32"))
+    print(describe(out))
+    small = "" if meta["counts"]["treatments"] > 7 else " --batch 32"
+    print(f"done in {time.perf_counter() - begin:.1f} s; next: python train.py --data {args.out}{small}")
 
 
 if __name__ == "__main__":
