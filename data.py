@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import sqlite3
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from urllib.parse import quote
 
@@ -27,7 +27,8 @@ CHANNELS = ("DAPI", "Tubulin", "Actin")
 FORMAT = "cp2image-folder-1"
 FILES = ("patches.npy", "features.npy", "cells.csv")
 CELL_COLUMNS = ["cell", "field", "plate", "well", "site", "replicate", "compound", "concentration", "moa", "x", "y", "split"]
-TEXT_COLUMNS = {c: str for c in CELL_COLUMNS if c not in ("concentration", "x", "y")}
+NUMBER_COLUMNS = ("concentration", "x", "y")
+TEXT_COLUMNS = {c: str for c in CELL_COLUMNS if c not in NUMBER_COLUMNS}
 FULL_SCALE = 65535  # the 16-bit level that CellProfiler calls 1
 CHUNK = 1024  # cells handled at once: bounds the memory
 
@@ -38,11 +39,8 @@ class InputError(ValueError):
 
 def checksum(path):
     """SHA-256 of a file, as hexadecimal text."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Folder:
@@ -104,22 +102,23 @@ def open_folder(path):
         raise InputError(f"{path / 'meta.json'}: not readable as JSON ({error}); prepare the folder again") from None
     if meta.get("format") != FORMAT:
         raise InputError(f"{path / 'meta.json'}: format is {meta.get('format')!r}, expected {FORMAT!r}; prepare the folder again")
-    n, f, c = meta["counts"]["cells"], len(meta["features"]), len(meta["channels"])
-    arrays = {}
-    for name, shape, dtype in [("patches.npy", (n, c, SIZE, SIZE), np.uint16), ("features.npy", (n, f), np.float32)]:
+    n, arrays = meta["counts"]["cells"], []
+    for name, dtype, *shape in (("patches.npy", "uint16", n, len(meta["channels"]), SIZE, SIZE),
+                                ("features.npy", "float32", n, len(meta["features"]))):
         try:
-            arrays[name] = np.load(path / name, mmap_mode="r")
+            array = np.load(path / name, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{path / name}: missing or cut short ({error}); prepare the folder again") from None
-        if arrays[name].shape != shape or arrays[name].dtype != dtype:
-            raise InputError(f"{path / name}: {arrays[name].dtype} {arrays[name].shape}, meta.json says {np.dtype(dtype)} {shape}; prepare again")
+        if array.shape != tuple(shape) or array.dtype != dtype:
+            raise InputError(f"{path / name}: {array.dtype} {array.shape}, meta.json says {dtype} {tuple(shape)}; prepare the folder again")
+        arrays.append(array)
     try:
-        cells = pd.read_csv(path / "cells.csv", dtype=TEXT_COLUMNS, keep_default_na=False, na_values={"x": "", "y": "", "concentration": ""})
+        cells = pd.read_csv(path / "cells.csv", dtype=TEXT_COLUMNS, keep_default_na=False, na_values=dict.fromkeys(NUMBER_COLUMNS, ""))
     except (OSError, ValueError) as error:
         raise InputError(f"{path / 'cells.csv'}: not readable ({error}); prepare the folder again") from None
     if list(cells.columns) != CELL_COLUMNS or len(cells) != n:
         raise InputError(f"{path / 'cells.csv'}: {len(cells)} rows with columns {list(cells.columns)}, expected {n} with {CELL_COLUMNS}")
-    return Folder(path, meta, arrays["patches.npy"], arrays["features.npy"], cells)
+    return Folder(path, meta, *arrays, cells)
 
 
 def check_folder(path):
@@ -156,8 +155,8 @@ class TreatmentSampler:
 
 def scale_images(x, norm, white=None):
     """Raw intensities (B, C, H, W) -> float32 in 0..1.
-    norm "cell-max": each channel of each cell divided by its own maximum (the paper); an all-black channel stays 0. norm "percentile":
-    divided by `white` (C,), one level for the whole set, and clipped at 1: keeps absolute intensity."""
+    norm "cell-max": each channel of each cell divided by its own maximum (the paper); an all-black channel stays 0.
+    norm "percentile": divided by `white` (C,), one level for the whole set, and clipped at 1: keeps absolute intensity."""
     if norm == "cell-max":
         return x / x.amax((2, 3), keepdim=True).clamp(min=1)
     if norm == "percentile":
@@ -167,11 +166,9 @@ def scale_images(x, norm, white=None):
 
 def composite(x):
     """Images (B, C, H, W) in 0..1 -> (B, H, W, 3) uint8: DAPI blue, tubulin green, actin red, as the paper draws them."""
-    x = x.detach().cpu().float().clamp(0, 1)
-    rgb = torch.zeros(len(x), 3, *x.shape[2:])
-    for channel, colour in zip(range(x.shape[1]), (2, 1, 0)):
-        rgb[:, colour] = x[:, channel]
-    return (rgb * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    x = x.detach().cpu().float().clamp(0, 1)[:, :3]
+    bgr = torch.cat([x, x.new_zeros(len(x), 3 - x.shape[1], *x.shape[2:])], 1)
+    return (bgr.flip(1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def tile(rows, zoom=2, gap=2):
@@ -180,7 +177,7 @@ def tile(rows, zoom=2, gap=2):
     h, w = (s * zoom + gap for s in rows[0].shape[1:3])
     out = np.zeros((h * len(rows) + gap, w * wide + gap, 3), np.uint8)
     for i, row in enumerate(rows):
-        for j, picture in enumerate(np.repeat(np.repeat(row, zoom, 1), zoom, 2)):
+        for j, picture in enumerate(row.repeat(zoom, 1).repeat(zoom, 2)):
             out[gap + i * h:(i + 1) * h, gap + j * w:(j + 1) * w] = picture
     return out
 
@@ -220,7 +217,7 @@ def read_csv(path, **options):
 
 
 def numbers(frame, where, first=2):
-    """The frame with its text columns as numbers; text that is none is an InputError with column and row (`first`: number of the first row)."""
+    """The frame with its text columns as numbers; other text is an InputError with column and row (`first`: number of the first row)."""
     for name in [c for c in frame if not pd.api.types.is_numeric_dtype(frame[c])]:
         value = pd.to_numeric(frame[name], errors="coerce").astype(float)
         missing = frame[name].isna() | frame[name].astype(str).str.strip().str.lower().isin(["", "nan", "na", "null", "none"])
@@ -234,14 +231,16 @@ def numbers(frame, where, first=2):
 
 def read_moa(path):
     """BBBC021_v1_moa.csv in any of its copies -> {(compound, concentration as float): mechanism}."""
-    table = read_csv(path, dtype=str)
+    table, moa = read_csv(path, dtype=str), {}
     for name in ("compound", "concentration", "moa"):
         if name not in table:
             raise InputError(f"{path}: no column {name!r}, found {list(table.columns)}")
-    pairs = [(c, concentration(v, f"{path}, row {i + 2}")) for i, (c, v) in enumerate(zip(table["compound"], table["concentration"]))]
-    if len(set(pairs)) < len(pairs):
-        raise InputError(f"{path}: treatment {next(p for p in pairs if pairs.count(p) > 1)} stands in two rows, expected one")
-    return dict(zip(pairs, table["moa"]))
+    for row, (c, text, mechanism) in enumerate(zip(table["compound"], table["concentration"], table["moa"]), 2):
+        pair = c, concentration(text, f"{path}, row {row}")
+        if pair in moa:
+            raise InputError(f"{path}: treatment {pair} stands in two rows, expected one")
+        moa[pair] = mechanism
+    return moa
 
 
 def concentration(text, where):
@@ -289,13 +288,11 @@ def csv_source(path, name):
         raise InputError(f"{path}: not a CSV in UTF-8 ({error})") from None
     if not header:
         raise InputError(f"{path}: is empty, expected a header; export it again or leave its folder out (--skip-bad)")
-    if name is None:
-        names = [c if o == "Image" else f"{o}_{c}" for o, c in zip(*header)]
-    else:
-        names = [c if c in KEYS else f"{name}_{c}" for c in header[0]]
-    used = [c for c in names if FEATURE.fullmatch(c) or c in KEYS]
-    if len(set(used)) < len(used):
-        raise InputError(f"{path}: column {next(c for c in used if used.count(c) > 1)} stands twice; remove one")
+    objects, columns = (header[0], header[-1]) if name is None else ([name] * len(header[0]), header[0])
+    names = [c if c in KEYS or o == "Image" else f"{o}_{c}" for o, c in zip(objects, columns)]
+    used = pd.Index([c for c in names if FEATURE.fullmatch(c) or c in KEYS])
+    if used.has_duplicates:
+        raise InputError(f"{path}: column {used[used.duplicated()][0]} stands twice; remove one")
     return {"path": path, "table": None, "names": names, "skip": 2 if name is None else 1}
 
 
@@ -323,6 +320,10 @@ def open_sqlite(path):
     return closing(sqlite3.connect(f"file:{quote(str(Path(path).resolve()))}?mode=ro", uri=True))
 
 
+def quoted(columns):
+    return ", ".join(f'"{c}"' for c in columns)
+
+
 def read_sqlite(path):
     """A file of ExportToDatabase, one table per object type or one for all -> (the Image table as text, {object: source})."""
     try:
@@ -336,7 +337,7 @@ def read_sqlite(path):
                 raise InputError(f"{path}: has no Per_Image with Per_Nuclei or Per_Object, expected a file of ExportToDatabase")
             names = {o: [row[1] for row in connection.execute(f'pragma table_info("{table}")')] for o, table in found.items()}
             used = [c for c in names["Image"] if c in KEYS or re.match(r"(Image_)?(FileName|Metadata)_", c)]
-            rows = connection.execute("select " + ", ".join(f'"{c}"' for c in used) + f' from "{found["Image"]}"').fetchall()
+            rows = connection.execute(f'select {quoted(used)} from "{found["Image"]}"').fetchall()
     except sqlite3.DatabaseError as error:
         raise InputError(f"{path}: not a readable SQLite file ({error})") from None
     images = pd.DataFrame([["" if v is None else str(v) for v in row] for row in rows], columns=used)
@@ -344,34 +345,28 @@ def read_sqlite(path):
     return images, {o: {"path": path, "table": found[kind], "names": names[kind], "skip": 0} for o, kind in kinds.items()}
 
 
-def sql_frames(source, columns):
-    try:
-        with open_sqlite(source["path"]) as connection:
-            quoted = ", ".join(f'"{c}"' for c in columns)
-            yield from pd.read_sql(f'select {quoted} from "{source["table"]}"', connection, chunksize=CHUNK)
-    except (sqlite3.DatabaseError, pd.errors.DatabaseError) as error:
-        raise InputError(f"{source['path']}: not a readable SQLite file ({error})") from None
-
-
-def csv_frames(source, columns):
-    at = [source["names"].index(c) for c in columns]
-    try:
-        for frame in pd.read_csv(source["path"], header=None, skiprows=source["skip"], names=range(len(source["names"])), usecols=at,
-                                 chunksize=CHUNK, low_memory=False, encoding="utf-8-sig"):
-            yield frame[at].set_axis(columns, axis=1)
-    except pd.errors.EmptyDataError:  # a header without rows: no objects
-        return
-
-
 def read_chunks(source, columns):
     """The columns of a source (or of a frame) as frames of numbers, CHUNK rows at a time; anything else is refused by row and column."""
     if isinstance(source, pd.DataFrame):
         yield from (source[columns].iloc[i:i + CHUNK] for i in range(0, len(source), CHUNK))
         return
-    done, where = 0, f"{source['path']}, table {source['table']}" if source["table"] else source["path"]
-    for frame in (sql_frames if source["table"] else csv_frames)(source, columns):
-        yield numbers(frame, where, done + source["skip"] + 1)
-        done += len(frame)
+    path, table, names, skip = source["path"], source["table"], source["names"], source["skip"]
+    done, where = skip + 1, f"{path}, table {table}" if table else path
+    try:
+        with open_sqlite(path) if table else nullcontext() as connection:
+            if table:
+                frames = pd.read_sql(f'select {quoted(columns)} from "{table}"', connection, chunksize=CHUNK)
+            else:
+                at = [names.index(c) for c in columns]
+                frames = pd.read_csv(path, header=None, skiprows=skip, names=range(len(names)), usecols=at, chunksize=CHUNK,
+                                     low_memory=False, encoding="utf-8-sig")
+            for frame in frames:
+                yield numbers(frame if table else frame[at].set_axis(columns, axis=1), where, done)
+                done += len(frame)
+    except (sqlite3.DatabaseError, pd.errors.DatabaseError) as error:
+        raise InputError(f"{path}: not a readable SQLite file ({error})") from None
+    except pd.errors.EmptyDataError:  # a header without rows: no objects
+        return
 
 
 def fill_features(target, names, pieces, after_chunk=lambda: None):
@@ -396,8 +391,7 @@ def read_keys(source, o, keys, fields, where):
     """What places and pairs the objects `o`: (frame sorted by field and number, its index the row in the source; rows of the source)."""
     wanted = {*keys, "ObjectNumber", *(f"{o}_{c}" for c in PAIRING)}
     used = [c for c in dict.fromkeys(source["names"]) if c in wanted]
-    chunks = list(read_chunks(source, used))
-    table = pd.concat(chunks, ignore_index=True) if chunks else pd.DataFrame(columns=used, dtype=float)
+    table = pd.concat([pd.DataFrame(columns=used, dtype=float), *read_chunks(source, used)], ignore_index=True)
     rows, number = len(table), next((c for c in (f"{o}_Number_Object_Number", f"{o}_ObjectNumber", "ObjectNumber") if c in table), None)
     if number is None:
         raise InputError(f"{where}: {o} has no column ObjectNumber, expected what CellProfiler exports")
@@ -542,7 +536,7 @@ def read_export(path, channel=CHANNELS[0], keep=None, skip_bad=False):
         raise InputError(f"{path}: no cell in it" + (f"; {report[-1]}" if report else ""))
     cells, images = pd.concat(all_cells, ignore_index=True), pd.concat(all_images, ignore_index=True).fillna("")
     if (twice := images["field"].duplicated()).any():
-        raise InputError(f"{path}: image file {images['field'][twice].iloc[0]!r} stands in two rows of the Image tables; keep one export of it")
+        raise InputError(f"{path}: image file {images['field'][twice].iloc[0]!r} stands in two rows of the Image tables; keep one export")
     if empty := int((~images.index.isin(cells["image"])).sum()):
         report.append(f"{path}: {empty} of {len(images)} fields have no cells")
     told = annotate(images).drop(columns="cell", errors="ignore").assign(field=images["field"]).iloc[cells["image"]].reset_index(drop=True)

@@ -437,6 +437,8 @@ def read_tiff(path, header_only=False):
             return pixels.astype(dtype.newbyteorder("="), copy=False)
     except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except (OSError, SyntaxError, EOFError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: damaged, cut short or no TIFF ({error}); copy it again") from None
 
@@ -1406,7 +1408,8 @@ def measure_field(unit, export, channels, engine="ours", skip_bad=False):
         squares = np.array([layers[:, r:r + side, c:c + side] for r, c in corner])
         if len(label):
             own = squares[:, -2:] == label[:, None, None, None]
-            names, values = ENGINES[engine](squares[:, :-2].astype(np.uint16), (NUCLEUS * own[:, 0] + CELL * own[:, 1]).astype(np.uint8), channels)
+            masks = (NUCLEUS * own[:, 0] + CELL * own[:, 1]).astype(np.uint8)
+            names, values = ENGINES[engine](squares[:, :-2].astype(np.uint16), masks, channels)
             tables.append(pd.DataFrame(values, label, names))
     table = pd.concat(tables).sort_index() if tables else pd.DataFrame(index=np.zeros(0, int))
     work = Path(export) / f".{name}"
@@ -1464,7 +1467,7 @@ def parse(argv):
     add("--features", metavar="TABLE", help=f"with --crops: CSV of CellProfiler measurements, key column {KEY}")
     add("--cellprofiler", metavar="EXPORT", help="with --images: CellProfiler's folder of CSV files (or of such folders), or SQLite file "
                                                  "(default: cells are segmented and measured here)")
-    add("--engine", choices=list(ENGINES), default="ours", help="with --images alone: who measures, or the package cp_measure (default ours)")
+    add("--engine", choices=list(ENGINES), default="ours", help="with --images alone: who measures (cp_measure: the package; default ours)")
     add("--image-csv", metavar="FILE", help="with --images: BBBC021_v1_image.csv, what a field is (default: CellProfiler's Metadata_)")
     add("--channels", default="DAPI,Tubulin,Actin", help="with --images: names of the FileName_ columns in order (default %(default)s)")
     add("--write-release", metavar="DIR", help="with --simulate: write fields, BBBC021's tables and CellProfiler's, no prepared folder")
@@ -1474,9 +1477,11 @@ def parse(argv):
     add("--out", metavar="DIR", help="the prepared folder to write")
     add("--split", choices=["cell", "field", "well", "plate", "compound"], default="cell",
         help="unit that never stands in two splits (default cell, the paper)")
-    add("--normalise", choices=["train", "plate-dmso"], default="train", help="centre and scale from all training cells, or per plate from DMSO")
+    add("--normalise", choices=["train", "plate-dmso"], default="train",
+        help="centre and scale from all training cells, or per plate from its DMSO cells")
     add("--drop-duplicates", action="store_true", help="drop features that are identical to an earlier one")
-    add("--taxol-controls", choices=["keep", "drop"], default="keep", help="taxol 0.3 uM is the positive control of every plate (default keep)")
+    add("--taxol-controls", choices=["keep", "drop"], default="keep",
+        help="taxol 0.3 uM is also the positive control of every plate (default keep)")
     add("--exclude", metavar="FILE", help="CSV of what to leave out: columns of cells.csv (plate, well, ...), a row for each combination")
     add("--limit", type=int, metavar="N", help="only N cells, drawn by the seed")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read patches (default: the CPUs, 8 at most)")
