@@ -495,8 +495,7 @@ def pair_objects(images, sources, where, keep, report):
 def read_export(path, channel=CHANNELS[0], keep=None, skip_bad=False):
     """What CellProfiler exported, without the measurements themselves: (cells, images, feature names, dropped, pieces, report).
     `path`: a folder of ExportToSpreadsheet, a folder of such folders, or a SQLite file of ExportToDatabase. cells: one row a nucleus with
-    image (row of `images`), field (name of its file of `channel`, without ending), cell (field_number), x, y and what `annotate`
-    finds."""
+    image (row of `images`), field (name of its file of `channel`, without ending), cell (field_number), x, y what `annotate` finds."""
     path, report = Path(path), []
     if path.is_dir():
         holds_csv = lambda folder: any(p.suffix.lower() == ".csv" for p in folder.iterdir())

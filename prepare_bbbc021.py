@@ -268,8 +268,7 @@ def cut(field, x, y):
 
 def write_release(folder, cells, table, seed):
     """The simulated fields as BBBC021 and CellProfiler write them: images/, BBBC021_v1_image.csv and _moa.csv, cellprofiler/*.csv.
-    As in real exports the numbers of cells and cytoplasms are not those of their nuclei: Parent_ columns tell. Returns the count of
-    fields."""
+    As in real exports the numbers of cells and cytoplasms are not those of their nuclei: Parent_ columns tell. Returns how many fields."""
     folder, export = Path(folder), Path(folder) / "cellprofiler"
     export.mkdir(parents=True)
     per_field = cells.groupby("field", sort=False)
@@ -445,8 +444,7 @@ def read_tiff(path, header_only=False):
 
 def fields_table(folder, export, image_csv, channels, keep=None, moa=None, skip_bad=False):
     """The cells of CellProfiler's export whose crops lie inside their fields: (cells, feature names, dropped, pieces, report, files).
-    `files` {field: its files in the order of `channels`}; what a field is (plate, compound, ...) tells `image_csv`, or else the
-    export."""
+    `files` {field: its files in the order of `channels`}; what a field is (plate, compound, ...) tells `image_csv`, else the export."""
     cells, images, names, dropped, pieces, report = data.read_export(export, channels[0], keep, skip_bad)
     for c in channels:
         if f"FileName_{c}" not in images or (images[f"FileName_{c}"] == "").any():
@@ -558,8 +556,7 @@ def column_moments(raw, rows):
 
 
 def columns_to_drop(raw, rows, names, moments, drop_duplicates):
-    """{name: reason} for columns without spread over the training cells (their `moments`), with over 5 % missing in `rows`, or (if asked)
-    equal to an earlier one."""
+    """{name: reason} for columns without spread (`moments` of the training cells), over 5 % missing, or (if asked) equal to another."""
     missing, digests, (count, mean, sd) = np.zeros(len(names)), [hashlib.sha1() for _ in names], moments
     for c in chunks(len(rows)):
         block = raw[rows[c]]
@@ -882,8 +879,7 @@ def keep_connected(mask, seed):
 def segment(images, chunk=256):
     """Nucleus and cell in the middle of each patch.
     images (N, 3, H, W) uint16 or float of any scale, channels DAPI, tubulin, actin. Returns masks (N, H, W) uint8, bit 1 nucleus, bit 2
-    cell (which contains the nucleus). A patch without a plausible nucleus at its centre (too small, too large, no contrast) is all zero:
-    nothing is invented."""
+    cell (with the nucleus). A patch without a plausible nucleus at its centre (too small, too large, no contrast) is all zero."""
     masks = np.zeros((len(images), *images.shape[2:]), np.uint8)
     for start in range(0, len(images), chunk):
         dapi, tubulin, actin = np.asarray(images[start:start + chunk], np.float32).transpose(1, 0, 2, 3)
