@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import sqlite3
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from urllib.parse import quote
 
@@ -27,7 +27,8 @@ CHANNELS = ("DAPI", "Tubulin", "Actin")
 FORMAT = "cp2image-folder-1"
 FILES = ("patches.npy", "features.npy", "cells.csv")
 CELL_COLUMNS = ["cell", "field", "plate", "well", "site", "replicate", "compound", "concentration", "moa", "x", "y", "split"]
-TEXT_COLUMNS = {c: str for c in CELL_COLUMNS if c not in ("concentration", "x", "y")}
+NUMBER_COLUMNS = ("concentration", "x", "y")
+TEXT_COLUMNS = {c: str for c in CELL_COLUMNS if c not in NUMBER_COLUMNS}
 FULL_SCALE = 65535  # the 16-bit level that CellProfiler calls 1
 CHUNK = 1024  # cells handled at once: bounds the memory
 
@@ -38,19 +39,14 @@ class InputError(ValueError):
 
 def checksum(path):
     """SHA-256 of a file, as hexadecimal text."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Folder:
     """An open prepared folder: memory-mapped `.patches` and `.raw` features, `.cells` (a frame), `.meta` (a dict).
-
-    Beside them, from meta.json: `.features` (F names), `.channels`, `.centre` and `.scale` ((F,) float64 tensors), `.normalise`,
-    `.white` ((C,) 16-bit levels for --image-norm percentile), and `.treatment` ((N,) numbers of compound-concentration pairs).
-    """
+    Beside them, from meta.json: `.features` (F names), `.channels`, `.centre` and `.scale` ((F,) float64 tensors), `.normalise`, `.white`
+    ((C,) 16-bit levels for --image-norm percentile), and `.treatment` ((N,) numbers of compound-concentration pairs)."""
 
     def __init__(self, path, meta, patches, raw, cells):
         self.path, self.meta, self.patches, self.raw, self.cells = Path(path), meta, patches, raw, cells
@@ -79,9 +75,7 @@ class Folder:
 
     def measurements(self, rows):
         """The measurements (B, F) float32 of the given rows in CellProfiler's units, and the centre and scale to standardise them by.
-
-        Centre and scale are (F,), or with plate-dmso (B, F): those of each cell's plate. See model.standardise.
-        """
+        Centre and scale are (F,), or with plate-dmso (B, F): those of each cell's plate. See model.standardise."""
         raw = torch.from_numpy(np.ascontiguousarray(self.raw[rows]))
         if not self.plate_names:
             return raw, self.centre, self.scale
@@ -108,22 +102,23 @@ def open_folder(path):
         raise InputError(f"{path / 'meta.json'}: not readable as JSON ({error}); prepare the folder again") from None
     if meta.get("format") != FORMAT:
         raise InputError(f"{path / 'meta.json'}: format is {meta.get('format')!r}, expected {FORMAT!r}; prepare the folder again")
-    n, f, c = meta["counts"]["cells"], len(meta["features"]), len(meta["channels"])
-    arrays = {}
-    for name, shape, dtype in [("patches.npy", (n, c, SIZE, SIZE), np.uint16), ("features.npy", (n, f), np.float32)]:
+    n, arrays = meta["counts"]["cells"], []
+    for name, dtype, *shape in (("patches.npy", "uint16", n, len(meta["channels"]), SIZE, SIZE),
+                                ("features.npy", "float32", n, len(meta["features"]))):
         try:
-            arrays[name] = np.load(path / name, mmap_mode="r")
+            array = np.load(path / name, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{path / name}: missing or cut short ({error}); prepare the folder again") from None
-        if arrays[name].shape != shape or arrays[name].dtype != dtype:
-            raise InputError(f"{path / name}: {arrays[name].dtype} {arrays[name].shape}, meta.json says {np.dtype(dtype)} {shape}; prepare again")
+        if array.shape != tuple(shape) or array.dtype != dtype:
+            raise InputError(f"{path / name}: {array.dtype} {array.shape}, meta.json says {dtype} {tuple(shape)}; prepare the folder again")
+        arrays.append(array)
     try:
-        cells = pd.read_csv(path / "cells.csv", dtype=TEXT_COLUMNS, keep_default_na=False, na_values={"x": "", "y": "", "concentration": ""})
+        cells = pd.read_csv(path / "cells.csv", dtype=TEXT_COLUMNS, keep_default_na=False, na_values=dict.fromkeys(NUMBER_COLUMNS, ""))
     except (OSError, ValueError) as error:
         raise InputError(f"{path / 'cells.csv'}: not readable ({error}); prepare the folder again") from None
     if list(cells.columns) != CELL_COLUMNS or len(cells) != n:
         raise InputError(f"{path / 'cells.csv'}: {len(cells)} rows with columns {list(cells.columns)}, expected {n} with {CELL_COLUMNS}")
-    return Folder(path, meta, arrays["patches.npy"], arrays["features.npy"], cells)
+    return Folder(path, meta, *arrays, cells)
 
 
 def check_folder(path):
@@ -138,9 +133,7 @@ def check_folder(path):
 
 class TreatmentSampler:
     """Draws batches as the released code does: one random training cell per treatment, the treatments in random order.
-
-    `batch`: cells a batch; None or 0 = one per treatment. Fewer: a random part of the treatments. More: all of them, again and again.
-    """
+    `batch`: cells a batch; None or 0 = one per treatment. Fewer: a random part of the treatments. More: all of them, again and again."""
 
     def __init__(self, rows, treatment, batch=None):
         order = np.argsort(treatment[rows], kind="stable")
@@ -162,10 +155,8 @@ class TreatmentSampler:
 
 def scale_images(x, norm, white=None):
     """Raw intensities (B, C, H, W) -> float32 in 0..1.
-
     norm "cell-max": each channel of each cell divided by its own maximum (the paper); an all-black channel stays 0.
-    norm "percentile": divided by `white` (C,), one level for the whole set, and clipped at 1: keeps absolute intensity.
-    """
+    norm "percentile": divided by `white` (C,), one level for the whole set, and clipped at 1: keeps absolute intensity."""
     if norm == "cell-max":
         return x / x.amax((2, 3), keepdim=True).clamp(min=1)
     if norm == "percentile":
@@ -175,11 +166,9 @@ def scale_images(x, norm, white=None):
 
 def composite(x):
     """Images (B, C, H, W) in 0..1 -> (B, H, W, 3) uint8: DAPI blue, tubulin green, actin red, as the paper draws them."""
-    x = x.detach().cpu().float().clamp(0, 1)
-    rgb = torch.zeros(len(x), 3, *x.shape[2:])
-    for channel, colour in zip(range(x.shape[1]), (2, 1, 0)):
-        rgb[:, colour] = x[:, channel]
-    return (rgb * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    x = x.detach().cpu().float().clamp(0, 1)[:, :3]
+    bgr = torch.cat([x, x.new_zeros(len(x), 3 - x.shape[1], *x.shape[2:])], 1)
+    return (bgr.flip(1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def tile(rows, zoom=2, gap=2):
@@ -188,7 +177,7 @@ def tile(rows, zoom=2, gap=2):
     h, w = (s * zoom + gap for s in rows[0].shape[1:3])
     out = np.zeros((h * len(rows) + gap, w * wide + gap, 3), np.uint8)
     for i, row in enumerate(rows):
-        for j, picture in enumerate(np.repeat(np.repeat(row, zoom, 1), zoom, 2)):
+        for j, picture in enumerate(row.repeat(zoom, 1).repeat(zoom, 2)):
             out[gap + i * h:(i + 1) * h, gap + j * w:(j + 1) * w] = picture
     return out
 
@@ -228,7 +217,7 @@ def read_csv(path, **options):
 
 
 def numbers(frame, where, first=2):
-    """The frame with its text columns as numbers; text that is none is an InputError with column and row (`first`: number of the first row)."""
+    """The frame with its text columns as numbers; other text is an InputError with column and row (`first`: number of the first row)."""
     for name in [c for c in frame if not pd.api.types.is_numeric_dtype(frame[c])]:
         value = pd.to_numeric(frame[name], errors="coerce").astype(float)
         missing = frame[name].isna() | frame[name].astype(str).str.strip().str.lower().isin(["", "nan", "na", "null", "none"])
@@ -242,14 +231,16 @@ def numbers(frame, where, first=2):
 
 def read_moa(path):
     """BBBC021_v1_moa.csv in any of its copies -> {(compound, concentration as float): mechanism}."""
-    table = read_csv(path, dtype=str)
+    table, moa = read_csv(path, dtype=str), {}
     for name in ("compound", "concentration", "moa"):
         if name not in table:
             raise InputError(f"{path}: no column {name!r}, found {list(table.columns)}")
-    pairs = [(c, concentration(v, f"{path}, row {i + 2}")) for i, (c, v) in enumerate(zip(table["compound"], table["concentration"]))]
-    if len(set(pairs)) < len(pairs):
-        raise InputError(f"{path}: treatment {next(p for p in pairs if pairs.count(p) > 1)} stands in two rows, expected one")
-    return dict(zip(pairs, table["moa"]))
+    for row, (c, text, mechanism) in enumerate(zip(table["compound"], table["concentration"], table["moa"]), 2):
+        pair = c, concentration(text, f"{path}, row {row}")
+        if pair in moa:
+            raise InputError(f"{path}: treatment {pair} stands in two rows, expected one")
+        moa[pair] = mechanism
+    return moa
 
 
 def concentration(text, where):
@@ -284,9 +275,7 @@ PAIRING = {"ObjectNumber", "Number_Object_Number", "Parent_Nuclei", *CENTRES, *B
 
 def csv_source(path, name):
     """The source of one CSV, checked for rows of another width than its header; `name` (Nuclei, ...) goes before its column names.
-
-    name None: a table of all objects, whose header has two rows, object and measurement.
-    """
+    name None: a table of all objects, whose header has two rows, object and measurement."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header = [row for row, _ in zip(csv.reader(file), range(2))]
@@ -299,13 +288,11 @@ def csv_source(path, name):
         raise InputError(f"{path}: not a CSV in UTF-8 ({error})") from None
     if not header:
         raise InputError(f"{path}: is empty, expected a header; export it again or leave its folder out (--skip-bad)")
-    if name is None:
-        names = [c if o == "Image" else f"{o}_{c}" for o, c in zip(*header)]
-    else:
-        names = [c if c in KEYS else f"{name}_{c}" for c in header[0]]
-    used = [c for c in names if FEATURE.fullmatch(c) or c in KEYS]
-    if len(set(used)) < len(used):
-        raise InputError(f"{path}: column {next(c for c in used if used.count(c) > 1)} stands twice; remove one")
+    objects, columns = (header[0], header[-1]) if name is None else ([name] * len(header[0]), header[0])
+    names = [c if c in KEYS or o == "Image" else f"{o}_{c}" for o, c in zip(objects, columns)]
+    used = pd.Index([c for c in names if FEATURE.fullmatch(c) or c in KEYS])
+    if used.has_duplicates:
+        raise InputError(f"{path}: column {used[used.duplicated()][0]} stands twice; remove one")
     return {"path": path, "table": None, "names": names, "skip": 2 if name is None else 1}
 
 
@@ -333,6 +320,10 @@ def open_sqlite(path):
     return closing(sqlite3.connect(f"file:{quote(str(Path(path).resolve()))}?mode=ro", uri=True))
 
 
+def quoted(columns):
+    return ", ".join(f'"{c}"' for c in columns)
+
+
 def read_sqlite(path):
     """A file of ExportToDatabase, one table per object type or one for all -> (the Image table as text, {object: source})."""
     try:
@@ -346,7 +337,7 @@ def read_sqlite(path):
                 raise InputError(f"{path}: has no Per_Image with Per_Nuclei or Per_Object, expected a file of ExportToDatabase")
             names = {o: [row[1] for row in connection.execute(f'pragma table_info("{table}")')] for o, table in found.items()}
             used = [c for c in names["Image"] if c in KEYS or re.match(r"(Image_)?(FileName|Metadata)_", c)]
-            rows = connection.execute("select " + ", ".join(f'"{c}"' for c in used) + f' from "{found["Image"]}"').fetchall()
+            rows = connection.execute(f'select {quoted(used)} from "{found["Image"]}"').fetchall()
     except sqlite3.DatabaseError as error:
         raise InputError(f"{path}: not a readable SQLite file ({error})") from None
     images = pd.DataFrame([["" if v is None else str(v) for v in row] for row in rows], columns=used)
@@ -354,34 +345,28 @@ def read_sqlite(path):
     return images, {o: {"path": path, "table": found[kind], "names": names[kind], "skip": 0} for o, kind in kinds.items()}
 
 
-def sql_frames(source, columns):
-    try:
-        with open_sqlite(source["path"]) as connection:
-            quoted = ", ".join(f'"{c}"' for c in columns)
-            yield from pd.read_sql(f'select {quoted} from "{source["table"]}"', connection, chunksize=CHUNK)
-    except (sqlite3.DatabaseError, pd.errors.DatabaseError) as error:
-        raise InputError(f"{source['path']}: not a readable SQLite file ({error})") from None
-
-
-def csv_frames(source, columns):
-    at = [source["names"].index(c) for c in columns]
-    try:
-        for frame in pd.read_csv(source["path"], header=None, skiprows=source["skip"], names=range(len(source["names"])), usecols=at,
-                                 chunksize=CHUNK, low_memory=False, encoding="utf-8-sig"):
-            yield frame[at].set_axis(columns, axis=1)
-    except pd.errors.EmptyDataError:  # a header without rows: no objects
-        return
-
-
 def read_chunks(source, columns):
     """The columns of a source (or of a frame) as frames of numbers, CHUNK rows at a time; anything else is refused by row and column."""
     if isinstance(source, pd.DataFrame):
         yield from (source[columns].iloc[i:i + CHUNK] for i in range(0, len(source), CHUNK))
         return
-    done, where = 0, f"{source['path']}, table {source['table']}" if source["table"] else source["path"]
-    for frame in (sql_frames if source["table"] else csv_frames)(source, columns):
-        yield numbers(frame, where, done + source["skip"] + 1)
-        done += len(frame)
+    path, table, names, skip = source["path"], source["table"], source["names"], source["skip"]
+    done, where = skip + 1, f"{path}, table {table}" if table else path
+    try:
+        with open_sqlite(path) if table else nullcontext() as connection:
+            if table:
+                frames = pd.read_sql(f'select {quoted(columns)} from "{table}"', connection, chunksize=CHUNK)
+            else:
+                at = [names.index(c) for c in columns]
+                frames = pd.read_csv(path, header=None, skiprows=skip, names=range(len(names)), usecols=at, chunksize=CHUNK,
+                                     low_memory=False, encoding="utf-8-sig")
+            for frame in frames:
+                yield numbers(frame if table else frame[at].set_axis(columns, axis=1), where, done)
+                done += len(frame)
+    except (sqlite3.DatabaseError, pd.errors.DatabaseError) as error:
+        raise InputError(f"{path}: not a readable SQLite file ({error})") from None
+    except pd.errors.EmptyDataError:  # a header without rows: no objects
+        return
 
 
 def fill_features(target, names, pieces, after_chunk=lambda: None):
@@ -406,8 +391,7 @@ def read_keys(source, o, keys, fields, where):
     """What places and pairs the objects `o`: (frame sorted by field and number, its index the row in the source; rows of the source)."""
     wanted = {*keys, "ObjectNumber", *(f"{o}_{c}" for c in PAIRING)}
     used = [c for c in dict.fromkeys(source["names"]) if c in wanted]
-    chunks = list(read_chunks(source, used))
-    table = pd.concat(chunks, ignore_index=True) if chunks else pd.DataFrame(columns=used, dtype=float)
+    table = pd.concat([pd.DataFrame(columns=used, dtype=float), *read_chunks(source, used)], ignore_index=True)
     rows, number = len(table), next((c for c in (f"{o}_Number_Object_Number", f"{o}_ObjectNumber", "ObjectNumber") if c in table), None)
     if number is None:
         raise InputError(f"{where}: {o} has no column ObjectNumber, expected what CellProfiler exports")
@@ -427,9 +411,7 @@ def read_keys(source, o, keys, fields, where):
 def misplaced(source, o, table, rows, absent, features):
     """Up to 4.2 CellProfiler writes some columns (AreaShape, Texture) of the k objects of a field that exist into its first k rows, the
     others into the rows of their own numbers (its issues 4403, 4583): (names of such columns, rows (k,) bool of `table` that hold them).
-
-    Such a column is empty in all of a field's last rows and filled in some row of an absent object.
-    """
+    Such a column is empty in all of a field's last rows and filled in some row of an absent object."""
     there = pd.Series(~absent, table.index).groupby(table["image"]).transform("sum")
     first = (table.groupby("image").cumcount() < there).to_numpy()
     if not (absent & first).any():
@@ -458,9 +440,7 @@ def check_boxes(table, o, where):
 
 def pair_objects(images, sources, where, keep, report):
     """One export -> (cells: image (row of `images`), number, x, y; pieces), one row a nucleus that has a cell.
-
-    Cells and cytoplasms go to their nucleus by Parent_Nuclei, never by number.
-    """
+    Cells and cytoplasms go to their nucleus by Parent_Nuclei, never by number."""
     keys = [k for k in KEYS if k in images and all(k in s["names"] for s in sources.values())]
     if "ImageNumber" not in keys:
         raise InputError(f"{where}: a table has no column ImageNumber, expected what CellProfiler exports")
@@ -514,10 +494,8 @@ def pair_objects(images, sources, where, keep, report):
 
 def read_export(path, channel=CHANNELS[0], keep=None, skip_bad=False):
     """What CellProfiler exported, without the measurements themselves: (cells, images, feature names, dropped, pieces, report).
-
     `path`: a folder of ExportToSpreadsheet, a folder of such folders, or a SQLite file of ExportToDatabase. cells: one row a nucleus with
-    image (row of `images`), field (name of its file of `channel`, without ending), cell (field_number), x, y and what `annotate` finds.
-    """
+    image (row of `images`), field (name of its file of `channel`, without ending), cell (field_number), x, y what `annotate` finds."""
     path, report = Path(path), []
     if path.is_dir():
         holds_csv = lambda folder: any(p.suffix.lower() == ".csv" for p in folder.iterdir())
@@ -557,7 +535,7 @@ def read_export(path, channel=CHANNELS[0], keep=None, skip_bad=False):
         raise InputError(f"{path}: no cell in it" + (f"; {report[-1]}" if report else ""))
     cells, images = pd.concat(all_cells, ignore_index=True), pd.concat(all_images, ignore_index=True).fillna("")
     if (twice := images["field"].duplicated()).any():
-        raise InputError(f"{path}: image file {images['field'][twice].iloc[0]!r} stands in two rows of the Image tables; keep one export of it")
+        raise InputError(f"{path}: image file {images['field'][twice].iloc[0]!r} stands in two rows of the Image tables; keep one export")
     if empty := int((~images.index.isin(cells["image"])).sum()):
         report.append(f"{path}: {empty} of {len(images)} fields have no cells")
     told = annotate(images).drop(columns="cell", errors="ignore").assign(field=images["field"]).iloc[cells["image"]].reset_index(drop=True)
@@ -568,9 +546,7 @@ def read_export(path, channel=CHANNELS[0], keep=None, skip_bad=False):
 
 def read_table(path, channel=CHANNELS[0]):
     """A table of measurements, one row a cell, for model.generate: any CSV with CellProfiler's prefixed names, or an export (read_export).
-
-    Returns a frame with `cell` (a name), what is known of plate and treatment, and the features; memory holds it whole.
-    """
+    Returns a frame with `cell` (a name), what is known of plate and treatment, and the features; memory holds it whole."""
     if Path(path).is_file() and re.search(r"\.csv(\.gz)?$", str(path), re.IGNORECASE):
         table = read_csv(path)
         features = sort_columns(table.columns)[0]

@@ -24,6 +24,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,29 +72,27 @@ PARAMETERS = {
 }
 NOISE_COLUMNS = [f"Nuclei_Noise_{i}" for i in range(4)]  # no picture shows these: what a generator must not pretend to render
 
-# Mechanism: two compounds of BBBC021 and the factors on the parameters above (keys: unique ends of their names), after the medians of real cells.
+# Mechanism: two compounds of BBBC021 and the factors on the parameters above (by their names as `short` makes them), after real medians.
 MECHANISMS = {
-    "Actin disruptors": (("latrunculin B", 3), ("cytochalasin B", 10), {"Cytoplasm_AreaShape_Area": 0.62, "Std_Actin": 2.0}),
-    "Aurora kinase inhibitors": (("AZ258", 1), ("AZ841", 0.3), {"Nuclei_AreaShape_Area": 1.65, "Mean_DAPI": 0.8, "Std_DAPI": 1.3}),
-    "Cholesterol-lowering": (("simvastatin", 6), ("mevinolin/lovastatin", 5), {"Cytoplasm_AreaShape_Area": 0.42, "Mean_Tubulin": 1.25}),
-    "DNA damage": (("mitomycin C", 1), ("etoposide", 3), {"Nuclei_AreaShape_Area": 1.25, "Cytoplasm_AreaShape_Area": 1.3, "Std_DAPI": 1.2}),
-    "DNA replication": (("camptothecin", 0.003), ("methotrexate", 10), {"Nuclei_AreaShape_Area": 1.22, "Mean_DAPI": 0.78}),
-    "Eg5 inhibitors": (("AZ-C", 0.1), ("AZ138", 0.1), {"Nuclei_AreaShape_Area": 0.75, "Mean_DAPI": 1.44, "Std_DAPI": 1.5, "Mean_Tubulin": 1.3}),
-    "Epithelial": (("PP-2", 3), ("AZ-J", 1), {"Cytoplasm_AreaShape_Area": 1.25, "Mean_Actin": 1.5, "Std_Actin": 1.3}),
+    "Actin disruptors": (("latrunculin B", 3), ("cytochalasin B", 10), {"Cytoplasm_Area": 0.62, "Std_Actin": 2.0}),
+    "Aurora kinase inhibitors": (("AZ258", 1), ("AZ841", 0.3), {"Nuclei_Area": 1.65, "Mean_DAPI": 0.8, "Std_DAPI": 1.3}),
+    "Cholesterol-lowering": (("simvastatin", 6), ("mevinolin/lovastatin", 5), {"Cytoplasm_Area": 0.42, "Mean_Tubulin": 1.25}),
+    "DNA damage": (("mitomycin C", 1), ("etoposide", 3), {"Nuclei_Area": 1.25, "Cytoplasm_Area": 1.3, "Std_DAPI": 1.2}),
+    "DNA replication": (("camptothecin", 0.003), ("methotrexate", 10), {"Nuclei_Area": 1.22, "Mean_DAPI": 0.78}),
+    "Eg5 inhibitors": (("AZ-C", 0.1), ("AZ138", 0.1), {"Nuclei_Area": 0.75, "Mean_DAPI": 1.44, "Std_DAPI": 1.5, "Mean_Tubulin": 1.3}),
+    "Epithelial": (("PP-2", 3), ("AZ-J", 1), {"Cytoplasm_Area": 1.25, "Mean_Actin": 1.5, "Std_Actin": 1.3}),
     "Kinase inhibitors": (("PD-169316", 3), ("alsterpaullone", 0.1), {"Mean_Actin": 0.68, "Std_Actin": 0.7, "Std_Tubulin": 1.3}),
-    "Microtubule destabilizers": (("nocodazole", 1), ("colchicine", 0.03), {"Mean_Tubulin": 0.55, "Std_Tubulin": 0.45, "Nuclei_AreaShape_Area": 0.9}),
+    "Microtubule destabilizers": (("nocodazole", 1), ("colchicine", 0.03), {"Mean_Tubulin": 0.55, "Std_Tubulin": 0.45, "Nuclei_Area": 0.9}),
     "Microtubule stabilizers": (("taxol", 0.3), ("docetaxel", 0.1), {"Mean_Tubulin": 1.5, "Std_Tubulin": 1.9, "Std_DAPI": 1.4}),
-    "Protein degradation": (("MG-132", 0.1), ("ALLN", 3), {"Nuclei_AreaShape_Area": 0.8, "Cytoplasm_AreaShape_Area": 0.75, "Mean_Tubulin": 1.2}),
-    "Protein synthesis": (("emetine", 0.1), ("cyclohexamide", 5), {"Mean_Actin": 0.6, "Mean_Tubulin": 0.75, "Nuclei_AreaShape_Area": 0.92}),
+    "Protein degradation": (("MG-132", 0.1), ("ALLN", 3), {"Nuclei_Area": 0.8, "Cytoplasm_Area": 0.75, "Mean_Tubulin": 1.2}),
+    "Protein synthesis": (("emetine", 0.1), ("cyclohexamide", 5), {"Mean_Actin": 0.6, "Mean_Tubulin": 0.75, "Nuclei_Area": 0.92}),
 }
 LOWER_DOSES = [("latrunculin B", 1, 0.6), ("taxol", 0.03, 0.5)]  # compound, uM, share of the full effect
 
 
 def simulated_plates(seed):
-    """The layout: a frame with one row a well (plate, well, replicate, compound, concentration, moa, strength) of 4 weeks x 3 plates.
-
-    As in BBBC021 a compound lives in one week, on three replicate plates; each plate has three DMSO wells.
-    """
+    """One row a well (plate, well, replicate, compound, concentration, moa, strength) of 4 weeks x 3 plates with 3 DMSO wells each.
+    As in BBBC021 a compound lives in one week, on three replicate plates."""
     wells = []
     for week in range(4):
         here = []
@@ -104,8 +104,8 @@ def simulated_plates(seed):
         here += [("DMSO", 0, "DMSO", 0.0)] * 3
         for replicate in range(3):
             order = np.random.default_rng([seed, 1, week, replicate]).permutation(len(here))
-            wells += [(f"Week{week + 1}_sim{3 * week + replicate + 1:02d}", f"{'BCDEFG'[k % 6]}{2 + k // 6:02d}", str(replicate + 1), *here[j])
-                      for k, j in enumerate(order)]
+            plate = f"Week{week + 1}_sim{3 * week + replicate + 1:02d}"
+            wells += [(plate, f"{'BCDEFG'[k % 6]}{2 + k // 6:02d}", str(replicate + 1), *here[j]) for k, j in enumerate(order)]
     return pd.DataFrame(wells, columns=["plate", "well", "replicate", "compound", "concentration", "moa", "strength"])
 
 
@@ -118,14 +118,12 @@ def simulate_table(n, seed):
     fields["field"] = fields["plate"] + "_" + fields["well"] + "_s" + fields["site"]
     share = np.diff(np.linspace(0, n, len(fields) + 1).round().astype(int))  # cells of each field
     cells = fields.loc[fields.index.repeat(share)].reset_index(drop=True)
-    number = np.concatenate([np.arange(k) for k in share]) if n else np.zeros(0, int)
-    cells["cell"] = cells["field"] + "_" + pd.Series(number).astype(str)
+    cells["cell"] = cells["field"] + "_" + cells.groupby("field").cumcount().astype(str)
     cells[["x", "y"]] = np.concatenate([scatter(k, [seed, 2, i]) for i, k in enumerate(share)])
 
     random = np.random.default_rng([seed, 3])
-    gain = dict(zip(sorted(set(cells["plate"])), np.exp(random.normal(0, 0.12, (12, 3)))))  # staining and lamp, per plate and channel
-    gains = np.stack(cells["plate"].map(gain).to_list())
-    well_effect = random.normal(0, 0.03, (len(wells), len(PARAMETERS)))[wells.index.repeat(sites).repeat(share)]  # log, shared by a well's cells
+    gain = np.exp(random.normal(0, 0.12, (12, 3)))[pd.factorize(cells["plate"], sort=True)[0]]  # staining and lamp, per plate and channel
+    well_effect = random.normal(0, 0.03, (len(wells), len(PARAMETERS)))[wells.index.repeat(sites).repeat(share)]  # log, per well
     table = pd.DataFrame(index=cells.index)
     for j, (name, (centre, spread)) in enumerate(PARAMETERS.items()):
         z = np.clip(random.normal(size=n), -2.5, 2.5)
@@ -136,16 +134,17 @@ def simulate_table(n, seed):
         elif str(spread).startswith("+"):
             table[name] = np.clip(centre + float(spread) * z, 0.1, 0.92)
         else:
-            factor = cells["moa"].map({m: effect.get(name, effect.get(short(name), 1.0)) for m, (_, _, effect) in MECHANISMS.items()}).fillna(1.0)
-            value = centre * factor ** cells["strength"] * np.exp(spread * z + well_effect[:, j])
-            colour = [c for c in range(3) if name.endswith(CHANNELS[c])]
-            table[name] = value * gains[:, colour[0]] if colour else value
+            factor = cells["moa"].map({m: effect.get(short(name), 1.0) for m, (_, _, effect) in MECHANISMS.items()}).fillna(1.0)
+            table[name] = centre * factor ** cells["strength"] * np.exp(spread * z + well_effect[:, j])
+            for c, channel in enumerate(CHANNELS):
+                if name.endswith(channel):
+                    table[name] *= gain[:, c]
     return cells, with_derived(table, random.normal(size=(n, len(NOISE_COLUMNS))))
 
 
 def short(name):
-    """'Cytoplasm_Intensity_StdIntensity_Actin' -> 'Std_Actin', the key used in MECHANISMS."""
-    return re.sub(r".*_(Mean|Std)Intensity_", r"\1_", name)
+    """Cytoplasm_Intensity_StdIntensity_Actin -> Std_Actin, Nuclei_AreaShape_Area -> Nuclei_Area."""
+    return re.sub(r".*_(Mean|Std)Intensity_", r"\1_", name).replace("_AreaShape_", "_")
 
 
 def with_derived(table, noise):
@@ -185,14 +184,11 @@ def scatter(k, seed):
 
 def draw_cells(table, offset, seed, window=WINDOW):
     """Draws each row of `table` (the columns of PARAMETERS) alone, without background: pictures (N, 3, window, window) float32 in
-    CellProfiler's 0..1, and how much of each pixel the cell covers (N, window, window).
-
-    `offset` (N, 2): row and column of the nucleus' centre from the middle of the window, pixels. `seed`: what the parameters leave open
-    (fibres, texture, the outline's bumps). Mean and standard deviation of the intensities are exact over the drawn compartments.
-    """
-    random = np.random.default_rng(seed)
-    n = len(table)
-    p = {name: table[name].to_numpy(np.float64)[:, None, None] for name in PARAMETERS}
+    CellProfiler's 0..1, and how much of each pixel the cell covers (N, window, window). `offset` (N, 2): row and column of the nucleus'
+    centre from the middle of the window, pixels. `seed`: what the parameters leave open (fibres, texture, the outline's bumps). Mean and
+    standard deviation of the intensities are exact over the drawn compartments."""
+    random, n = np.random.default_rng(seed), len(table)
+    p = {short(name): table[name].to_numpy(np.float64)[:, None, None] for name in PARAMETERS}
     grid = np.arange(window) - (window - 1) / 2
     row = grid[None, :, None] - offset[:, 0, None, None]
     col = grid[None, None, :] - offset[:, 1, None, None]
@@ -222,31 +218,31 @@ def draw_cells(table, offset, seed, window=WINDOW):
         spread = np.sqrt((centred ** 2 * inside).sum((1, 2), keepdims=True) / count)
         return np.clip(mean + sd * centred / np.maximum(spread, 1e-9), 0, None)
 
-    nucleus, q_nucleus = ellipse(p["Nuclei_AreaShape_Area"], p["Nuclei_AreaShape_Eccentricity"], p["Nuclei_AreaShape_Orientation"], 0.03, 3)
-    whole = p["Nuclei_AreaShape_Area"] + p["Cytoplasm_AreaShape_Area"]
-    cell, q_cell = ellipse(whole, p["Cells_AreaShape_Eccentricity"], p["Cells_AreaShape_Orientation"], 0.07, 4)
+    nucleus, q_nucleus = ellipse(p["Nuclei_Area"], p["Nuclei_Eccentricity"], p["Nuclei_Orientation"], 0.03, 3)
+    whole = p["Nuclei_Area"] + p["Cytoplasm_Area"]
+    cell, q_cell = ellipse(whole, p["Cells_Eccentricity"], p["Cells_Orientation"], 0.07, 4)
     cell = np.maximum(cell, nucleus)
     cytoplasm = cell * (1 - nucleus)
 
     # -|waves| is bright along lines: filaments
-    dapi = fill(nucleus, -np.abs(waves(4, 12, 26)) - 1.2 * q_nucleus ** 2, p["Nuclei_Intensity_MeanIntensity_DAPI"], p["Nuclei_Intensity_StdIntensity_DAPI"])
+    dapi = fill(nucleus, -np.abs(waves(4, 12, 26)) - 1.2 * q_nucleus ** 2, p["Mean_DAPI"], p["Std_DAPI"])
     fibres = -0.5 * np.abs(waves(3, 16, 34)) - 0.35 * np.abs(waves(3, 9, 16))
-    tubulin = fill(cytoplasm, fibres - 2.5 * q_cell, p["Cytoplasm_Intensity_MeanIntensity_Tubulin"], p["Cytoplasm_Intensity_StdIntensity_Tubulin"])
-    tubulin = tubulin * cytoplasm + 0.8 * p["Cytoplasm_Intensity_MeanIntensity_Tubulin"] * nucleus
+    tubulin = fill(cytoplasm, fibres - 2.5 * q_cell, p["Mean_Tubulin"], p["Std_Tubulin"])
+    tubulin = tubulin * cytoplasm + 0.8 * p["Mean_Tubulin"] * nucleus
     rim = np.exp(-((1 - q_cell) * np.sqrt(whole / np.pi) / 3.5) ** 2)
-    actin = fill(cytoplasm, 1.5 * rim - 0.4 * np.abs(waves(3, 10, 30)), p["Cytoplasm_Intensity_MeanIntensity_Actin"], p["Cytoplasm_Intensity_StdIntensity_Actin"])
-    actin = actin * cytoplasm + 0.7 * p["Cytoplasm_Intensity_MeanIntensity_Actin"] * nucleus
+    actin = fill(cytoplasm, 1.5 * rim - 0.4 * np.abs(waves(3, 10, 30)), p["Mean_Actin"], p["Std_Actin"])
+    actin = actin * cytoplasm + 0.7 * p["Mean_Actin"] * nucleus
     return np.stack([dapi * nucleus, tubulin, actin], 1).astype(np.float32), cell.astype(np.float32)
 
 
 def render(table, seed=0):
-    """The simulator as a perfect generator: rows of true parameters -> (N, 3, 68, 68) float32 in CellProfiler's 0..1, cell centred, no noise."""
+    """The simulator as a perfect generator: true parameters -> (N, 3, 68, 68) float32 in CellProfiler's 0..1, cell centred, no noise."""
     x, _ = draw_cells(table, np.zeros((len(table), 2)), seed, SIZE)
     return x + np.array(BACKGROUND, np.float32)[:, None, None]
 
 
 def simulate_field(table, x, y, seed):
-    """One field of simulated cells at x (columns) and y (rows), pixels -> (3, H, W) uint16, 12-bit values in the high bits, as BBBC021."""
+    """Simulated cells at x (columns) and y (rows), pixels -> a field (3, H, W) uint16, 12-bit values in the high bits, as BBBC021."""
     middle = (WINDOW - 1) / 2
     r0, c0 = np.floor(y - middle).astype(int), np.floor(x - middle).astype(int)
     drawn, covers = draw_cells(table, np.stack([y - r0 - middle, x - c0 - middle], 1), seed)
@@ -262,10 +258,7 @@ def simulate_field(table, x, y, seed):
 
 
 def cut(field, x, y):
-    """Crops (n, C, 68, 68) uint16 of a field's C channels (H, W) around x (columns) and y (rows): the centre's pixel is number 34.
-
-    All must lie inside.
-    """
+    """Crops (n, C, 68, 68) uint16 of a field's C channels (H, W) around x (columns), y (rows), all inside: the centre is in pixel 34."""
     patches = np.empty((len(x), len(field), SIZE, SIZE), np.uint16)
     for patch, r, c in zip(patches, np.floor(y).astype(int) - SIZE // 2, np.floor(x).astype(int) - SIZE // 2):
         for k, channel in enumerate(field):
@@ -275,50 +268,38 @@ def cut(field, x, y):
 
 def write_release(folder, cells, table, seed):
     """The simulated fields as BBBC021 and CellProfiler write them: images/, BBBC021_v1_image.csv and _moa.csv, cellprofiler/*.csv.
-
-    As in real exports the numbers of cells and cytoplasms are not those of their nuclei: Parent_ columns tell. Returns the count of fields.
-    """
+    As in real exports the numbers of cells and cytoplasms are not those of their nuclei: Parent_ columns tell. Returns how many fields."""
     folder, export = Path(folder), Path(folder) / "cellprofiler"
     export.mkdir(parents=True)
-    starts = first_rows(cells["field"])
-    fields = cells.iloc[starts].reset_index(drop=True)
+    per_field = cells.groupby("field", sort=False)
+    fields = per_field.head(1).reset_index(drop=True)
     image = pd.DataFrame({"TableNumber": 0, "ImageNumber": np.arange(len(fields)) + 1})
     for name, file in zip(CHANNELS, ("w1", "w2", "w4")):
         image[f"Image_FileName_{name}"] = fields["field"] + f"_{file}.tif"
         image[f"Image_PathName_{name}"] = fields["plate"].str.split("_").str[0] + "/" + fields["plate"]
-    for name in ("plate", "well"):
-        image[f"Image_Metadata_{name.title()}_DAPI"] = fields[name]
-    image["Replicate"], image["Image_Metadata_Compound"] = fields["replicate"], fields["compound"]
-    image["Image_Metadata_Concentration"] = fields["concentration"].map("{:.6f}".format)
+    image = image.assign(Image_Metadata_Plate_DAPI=fields["plate"], Image_Metadata_Well_DAPI=fields["well"], Replicate=fields["replicate"],
+                         Image_Metadata_Compound=fields["compound"],
+                         Image_Metadata_Concentration=fields["concentration"].map("{:.6f}".format))
     image.to_csv(folder / "BBBC021_v1_image.csv", index=False)
     moa = fields[["compound", "concentration", "moa"]].drop_duplicates()
     moa.to_csv(folder / "BBBC021_v1_moa.csv", index=False, lineterminator="\r")  # as the real one
 
-    for i, (a, b) in enumerate(zip(starts, np.append(starts[1:], len(cells)))):
-        pixels = simulate_field(table.iloc[a:b], cells["x"].to_numpy()[a:b], cells["y"].to_numpy()[a:b], [seed, 5, int(a)])
+    for i, (_, own) in enumerate(per_field):
+        pixels = simulate_field(table.loc[own.index], own["x"].to_numpy(), own["y"].to_numpy(), [seed, 5, own.index[0]])
         path = folder / "images" / image["Image_PathName_DAPI"][i]
         path.mkdir(parents=True, exist_ok=True)
         for name, channel in zip(CHANNELS, pixels):
             Image.fromarray(channel).save(path / image[f"Image_FileName_{name}"][i], format="TIFF")
-    own = image.filter(regex="FileName|PathName|ImageNumber")
-    own.rename(columns=lambda c: c.removeprefix("Image_")).to_csv(export / "Image.csv", index=False)
-    per_field = cells.groupby("field", sort=False)
+    own = image.filter(regex="FileName|PathName|ImageNumber").rename(columns=lambda c: c.removeprefix("Image_"))
+    own.to_csv(export / "Image.csv", index=False)
     nucleus, last = per_field.cumcount() + 1, per_field["cell"].transform("size")
-    numbers = {"Nuclei": nucleus, "Cells": last + 1 - nucleus, "Cytoplasm": nucleus % last + 1}
-    for name, number in numbers.items():
-        own = pd.DataFrame({"ImageNumber": np.repeat(np.arange(len(fields)) + 1, per_field.size()), "ObjectNumber": number})
-        if name == "Nuclei":
-            own["Location_Center_X"], own["Location_Center_Y"] = cells["x"], cells["y"]
-        else:
-            own["Parent_Nuclei"] = nucleus
+    for name, number in (("Nuclei", nucleus), ("Cells", last + 1 - nucleus), ("Cytoplasm", nucleus % last + 1)):
+        own = pd.DataFrame({"ImageNumber": per_field.ngroup() + 1, "ObjectNumber": number})
+        place = {"Location_Center_X": cells["x"], "Location_Center_Y": cells["y"]}
+        own = own.assign(**place if name == "Nuclei" else {"Parent_Nuclei": nucleus})
         measured = table.filter(regex=f"^{name}_").rename(columns=lambda c: c.removeprefix(name + "_"))
         pd.concat([own, measured], axis=1).sort_values(["ImageNumber", "ObjectNumber"]).to_csv(export / f"{name}.csv", index=False)
     return len(fields)
-
-
-def first_rows(field):
-    """Where each run of one field's cells begins: (k,) row numbers."""
-    return np.flatnonzero(field.ne(field.shift()))
 
 
 def simulated_unit(unit):
@@ -335,11 +316,11 @@ CROPS_AT_ONCE = 256  # files in a unit of work
 
 
 def complete_cells(cells, moa=None):
-    """Fills the columns of cells.csv from what is there: text columns, float concentrations, site, mechanism; returns (cells, report lines)."""
+    """Fills the columns of cells.csv from what is there: text, concentrations, site, mechanism; returns (cells, report lines)."""
     report = []
     if "concentration" in cells:
         cells["concentration"] = [concentration(str(v), f"cell {c}") for c, v in zip(cells["cell"], cells["concentration"])]
-    if "site" not in cells and "field" in cells:
+    if "site" not in cells:
         cells["site"] = cells["field"].str.extract(r"_s(\d+)(?:_|$)", expand=False).fillna("unknown")
     for name in CELL_COLUMNS[:-1]:
         if name not in cells:
@@ -349,10 +330,8 @@ def complete_cells(cells, moa=None):
             if name not in ("cell", "moa") and (missing := int((cells[name] == "unknown").sum())):
                 report.append(f"{missing} cells have no {name}: set to 'unknown'")
     if moa is not None:
-        found = [moa.get(pair) for pair in zip(cells["compound"], cells["concentration"])]
-        cells["moa"] = [m if m is not None else ("DMSO" if c == "DMSO" else "unknown") for m, c in zip(found, cells["compound"])]
-    cells.loc[cells["compound"] == "DMSO", "moa"] = "DMSO"
-    cells.loc[cells["compound"] == "DMSO", "concentration"] = 0.0
+        cells["moa"] = [moa.get(pair, "unknown") for pair in zip(cells["compound"], cells["concentration"])]
+    cells.loc[cells["compound"] == "DMSO", ["moa", "concentration"]] = "DMSO", 0.0
     if without := int((cells["moa"] == "unknown").sum()):
         report.append(f"{without} cells have no mechanism: set to 'unknown'")
     return cells[CELL_COLUMNS[:-1]], report
@@ -360,9 +339,7 @@ def complete_cells(cells, moa=None):
 
 def crops_table(folder, features, keep=None, moa=None):
     """Joins the crops' metadata with the table of measurements, reading only the keys: (cells, feature names, dropped, pieces, report).
-
-    `pieces` (see data.fill_features): where the rows of the table of measurements belong; their values are read later, in chunks.
-    """
+    `pieces` (see data.fill_features): where the rows of the table of measurements belong; their values are read later, in chunks."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of crops")
@@ -371,41 +348,38 @@ def crops_table(folder, features, keep=None, moa=None):
         raise InputError(f"{features}: no key column {KEY!r} (the crop's file name), found {columns[:3]}, ...")
     names, dropped, other = sort_columns(columns, keep)
     if not names:
-        raise InputError(f"{features}: no feature column; expected names like Nuclei_AreaShape_Area" + (f" that match --columns {keep}" if keep else ""))
+        kept = f" that match --columns {keep}" if keep else ""
+        raise InputError(f"{features}: no feature column; expected names like Nuclei_AreaShape_Area{kept}")
     keys = read_csv(features, usecols=[KEY], dtype=str)[KEY]
-    if keys.duplicated().any():
-        raise InputError(f"{features}: key {keys[keys.duplicated()].iloc[0]!r} stands in more than one row; each cell needs one row")
-    report = [f"{features}: {len(keys)} rows; {len(names)} features, {len(dropped)} columns set aside; metadata columns: {', '.join(other)}"]
+    report = [f"{features}: {len(keys)} rows; {len(names)} features, {len(dropped)} columns set aside; "
+              f"metadata columns: {', '.join(other)}"]
 
-    metadata = folder / "metadata.csv"
-    if metadata.is_file():
-        table = read_csv(metadata, dtype=str)
-        if KEY not in table:
-            raise InputError(f"{metadata}: no column {KEY!r}, found {list(table.columns)}")
-        source = metadata
-    else:
-        table, source = read_csv(features, usecols=other, dtype=str), features
+    source = folder / "metadata.csv"
+    if not source.is_file():
         report.append(f"{folder}: no metadata.csv; plate, well and treatment are taken from {features} where it has them")
-    if table[KEY].duplicated().any():
-        raise InputError(f"{source}: {KEY} {table[KEY][table[KEY].duplicated()].iloc[0]!r} stands in more than one row")
+        source = features
+    table = read_csv(source, dtype=str, usecols=other if source == features else None)
+    if KEY not in table:
+        raise InputError(f"{source}: no column {KEY!r}, found {list(table.columns)}")
+    for path, key in ((features, keys), (source, table[KEY])):
+        if (twice := key.duplicated()).any():
+            raise InputError(f"{path}: {KEY} {key[twice].iloc[0]!r} stands in more than one row; each cell needs one row")
     cells = data.annotate(table)
-    place = pd.Series(np.arange(len(keys)), index=keys)
-    row = cells["cell"].map(place)
-    for count, first, text in [(row.isna().sum(), cells["cell"][row.isna()], f"cells of {source} have no row in {features}"),
-                               ((~keys.isin(cells["cell"])).sum(), keys[~keys.isin(cells["cell"])], f"rows of {features} have no cell in {source}")]:
-        if count:
-            report.append(f"{count} {text}, first: {first.iloc[0]}")
-    cells, row = cells[row.notna()].reset_index(drop=True), row[row.notna()].astype(int).to_numpy()
-    report.append(f"{len(cells)} cells matched")
-    if not len(cells):
-        raise InputError(f"no {KEY} of {source} is in {features}: {cells.shape[0]} cells matched, e.g. {table[KEY].iloc[:1].tolist()} against {keys.iloc[:1].tolist()}")
+    in_table, in_cells = cells["cell"].isin(keys), keys.isin(cells["cell"])
+    for absent, text in ((cells["cell"][~in_table], f"cells of {source} have no row in {features}"),
+                         (keys[~in_cells], f"rows of {features} have no cell in {source}")):
+        if len(absent):
+            report.append(f"{len(absent)} {text}, first: {absent.iloc[0]}")
+    report.append(f"{in_table.sum()} cells matched")
+    if not in_table.any():
+        raise InputError(f"no {KEY} of {source} is in {features}: 0 cells matched, e.g. {table[KEY].iloc[0]!r} against {keys.iloc[0]!r}")
     if "field" not in cells:
         cells["field"] = cells["cell"].str.replace(r"_\d+(\.npy)?$", "", regex=True)
+    place = pd.Index(cells["cell"]).get_indexer(keys)
+    pieces = [({"path": features, "table": None, "names": columns, "skip": 1}, names, place)]
+    cells, pieces = data.keep_cells(cells, pieces, in_table.to_numpy())
     cells, more = complete_cells(cells, moa)
-    place = np.full(len(keys), -1)
-    place[row] = np.arange(len(row))
-    source = {"path": features, "table": None, "names": columns, "skip": 1}
-    return cells, names, dropped, [(source, names, place)], report + more
+    return cells, names, dropped, pieces, report + more
 
 
 def crops_unit(unit):
@@ -435,31 +409,28 @@ def index_files(folder):
     for path in sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".tif", ".tiff") and not p.name.startswith(".")):
         first = found.setdefault(path.name, path)
         if first is not path and not filecmp.cmp(first, path, shallow=False):
-            raise InputError(f"{first} and {path} have one name and different pixels; images are found by name: give a folder with one of them")
+            raise InputError(f"{first} and {path} have one name and different pixels; images are found by name: give a folder with one")
     if not found:
         raise InputError(f"{folder}: no .tif or .tiff in it or below; give --images the folder of the fields")
     return found
 
 
 def read_tiff(path, header_only=False):
-    """One grey field -> (H, W) uint16 or uint8, uncompressed, LZW, deflate or PackBits; InputError for anything else.
-
-    `header_only`: just its (H, W). Pillow reads it, but for uncompressed strips that lie end to end (BBBC021 has 342 of 3 rows), where
-    one np.fromfile is ten times as fast.
-    """
+    """One grey field -> (H, W) uint16 or uint8, uncompressed, LZW, deflate or PackBits; `header_only`: just its (H, W). InputError.
+    Pillow reads it, but for uncompressed strips that lie end to end (BBBC021 has 342 of 3 rows): one np.fromfile is ten times as fast."""
     try:
         with Image.open(path) as image:
-            black = image.tag_v2.get(262, 1) if image.format == "TIFF" else None
-            if image.mode not in ("L", "I;16", "I;16B") or black != 1 or image.n_frames > 1:
-                raise InputError(f"{path}: {image.format} of mode {image.mode}, expected a TIFF of one page, one grey channel, 8 or 16 bits, black 0")
+            tag, h, w = image.tag_v2 if image.format == "TIFF" else {262: None}, image.height, image.width
+            if image.mode not in ("L", "I;16", "I;16B") or tag.get(262, 1) != 1 or image.n_frames > 1:
+                raise InputError(f"{path}: {image.format} of mode {image.mode}, expected a TIFF of one page, one grey channel, "
+                                 "8 or 16 bits, black 0")
             if header_only:
-                return image.height, image.width
-            tag = image.tag_v2
+                return h, w
             dtype = np.dtype("u1" if image.mode == "L" else "<u2" if tag.prefix == b"II" else ">u2")
             start, length = np.array(tag.get(273, ())), np.array(tag.get(279, ()))
-            plain = tag.get(259, 1) == tag.get(266, 1) == 1 and tag.get(258) == (8 * dtype.itemsize,)  # compression, order and number of bits
-            if plain and (start[1:] == (start + length)[:-1]).all() and length.sum() == image.width * image.height * dtype.itemsize:
-                pixels = np.fromfile(path, dtype, image.width * image.height, offset=int(start[0])).reshape(image.height, image.width)
+            plain = tag.get(259, 1) == tag.get(266, 1) == 1 and tag.get(258) == (8 * dtype.itemsize,)  # compression, bits' order and number
+            if plain and (start[1:] == (start + length)[:-1]).all() and length.sum() == w * h * dtype.itemsize:
+                pixels = np.fromfile(path, dtype, w * h, offset=int(start[0])).reshape(h, w)
             else:
                 pixels = np.asarray(image)
             return pixels.astype(dtype.newbyteorder("="), copy=False)
@@ -473,19 +444,17 @@ def read_tiff(path, header_only=False):
 
 def fields_table(folder, export, image_csv, channels, keep=None, moa=None, skip_bad=False):
     """The cells of CellProfiler's export whose crops lie inside their fields: (cells, feature names, dropped, pieces, report, files).
-
-    `files` {field: its files in the order of `channels`}; what a field is (plate, compound, ...) tells `image_csv`, or else the export.
-    """
+    `files` {field: its files in the order of `channels`}; what a field is (plate, compound, ...) tells `image_csv`, else the export."""
     cells, images, names, dropped, pieces, report = data.read_export(export, channels[0], keep, skip_bad)
     for c in channels:
         if f"FileName_{c}" not in images or (images[f"FileName_{c}"] == "").any():
             has = [n.removeprefix("FileName_") for n in images if n.startswith("FileName_")]
-            raise InputError(f"{export}: channel {c} has no file name for every field, names are of {', '.join(has) or 'none'}; see --channels")
+            raise InputError(f"{export}: channel {c} has no file name for every field, names are of {', '.join(has) or 'none'}; "
+                             "see --channels")
     if not names:
         raise InputError(f"{export}: no feature column" + (f" that matches --columns {keep}" if keep else ""))
-    found = index_files(folder)
-    file_names = images[[f"FileName_{c}" for c in channels]].to_numpy()
-    files = {field: [found.get(name, Path(folder) / name) for name in row] for field, row in zip(images["field"], file_names)}
+    found, named = index_files(folder), images[[f"FileName_{c}" for c in channels]].to_numpy()
+    files = {field: [found.get(name, Path(folder) / name) for name in row] for field, row in zip(images["field"], named)}
     if image_csv:
         table = read_csv(image_csv, dtype=str)
         if "Image_FileName_DAPI" not in table:
@@ -502,9 +471,9 @@ def fields_table(folder, export, image_csv, channels, keep=None, moa=None, skip_
     size = np.full((len(images), 2), np.inf)  # height, width
     for i in cells["image"].unique():
         try:
-            size[i] = read_tiff(files[images["field"].iloc[i]][0], header_only=True)
-        except InputError:  # said when the patches are read
-            if not skip_bad:
+            size[i] = read_tiff(files[images["field"][i]][0], header_only=True)
+        except InputError:
+            if not skip_bad:  # else said when the patches are read
                 raise
     low, (height, width) = SIZE // 2, size[cells["image"]].T
     x, y = np.floor(cells["x"]), np.floor(cells["y"])
@@ -540,15 +509,14 @@ def fields_unit(unit):
 
 def split_cells(cells, by, seed):
     """A split for each cell, no group on both sides: groups are shuffled by the seed and go to the split furthest below its share.
-
-    `by`: cell (the paper, whose neighbours in a field then stand on both sides), field, well, plate or compound. A group with over
-    10 % of all cells always trains. Returns (N,) names; InputError where a split would be empty.
-    """
-    group = {"cell": np.arange(len(cells)), "well": cells["plate"] + " " + cells["well"]}.get(by)
-    group = pd.factorize(cells[by] if group is None else group)[0]
-    size = np.bincount(group)
-    names, target, have = list(SHARES), np.array(list(SHARES.values())), np.zeros(len(SHARES))
-    side = np.zeros(len(size), int)
+    `by`: cell (the paper, whose neighbours in a field then stand on both sides), field, well, plate or compound. A group with over 10 %
+    of all cells always trains. Returns (N,) names; InputError where a split would be empty."""
+    if by == "cell":
+        group = np.arange(len(cells))
+    else:
+        group = pd.factorize(cells["plate"] + " " + cells["well"] if by == "well" else cells[by])[0]
+    size, names = np.bincount(group), list(SHARES)
+    target, have, side = np.array(list(SHARES.values())), np.zeros(len(names)), np.zeros(len(size), int)
     large = size > 0.1 * len(cells)
     have[0] = size[large].sum()
     for g in np.random.default_rng(seed).permutation(len(size)):
@@ -556,15 +524,14 @@ def split_cells(cells, by, seed):
             side[g] = np.argmax(target - have / len(cells))
             have[side[g]] += size[g]
     if (have == 0).any():
-        raise InputError(f"--split {by}: {len(size)} groups leave no cell for {names[int(np.argmin(have))]} (a group over 10 % of the cells "
-                         "always trains); use a finer --split or more cells")
-    split = np.array(names)[side[group]]
-    assert pd.DataFrame({"g": group, "s": split}).groupby("g")["s"].nunique().max() == 1, "a group stands in two splits"
-    return split
+        raise InputError(f"--split {by}: {len(size)} groups leave no cell for {names[int(np.argmin(have))]} (a group over 10 % of the "
+                         "cells always trains); use a finer --split or more cells")
+    return np.array(names)[side[group]]
 
 
 def release(array):
-    """Lets go of the memory that a memory-mapped array holds in this process; what was written stays in the file. Linux; else nothing."""
+    """Writes a memory-mapped array out and lets go of the memory that it holds in this process (Linux; elsewhere the system does later)."""
+    array.flush()
     if hasattr(mmap, "MADV_DONTNEED"):
         array._mmap.madvise(mmap.MADV_DONTNEED)
 
@@ -574,34 +541,34 @@ def chunks(n):
 
 
 def column_moments(raw, rows):
-    """Count, mean and standard deviation (ddof 0) of the columns of `raw` over the row numbers `rows`, missing left out; in chunks, float64."""
-    count, total, square = (np.zeros(raw.shape[1]) for _ in range(3))
+    """Count, mean and standard deviation (ddof 0) of the columns of `raw` over the row numbers `rows`, missing left out; float64."""
+    count, total, square = np.zeros((3, raw.shape[1]))
     for c in chunks(len(rows)):
-        values = raw[rows[c]].astype(np.float64)
+        values = np.asarray(raw[rows[c]], np.float64, order="F")  # summed column by column
         count += np.isfinite(values).sum(0)
         total += np.where(np.isfinite(values), values, 0).sum(0)
     mean = total / np.maximum(count, 1)
     for c in chunks(len(rows)):
-        values = raw[rows[c]].astype(np.float64)
-        square += np.where(np.isfinite(values), values - mean, 0).__pow__(2).sum(0)
+        values = np.asarray(raw[rows[c]], np.float64, order="F")
+        square += (np.where(np.isfinite(values), values - mean, 0) ** 2).sum(0)
+    release(raw)
     return count, mean, np.sqrt(square / np.maximum(count, 1))
 
 
-def columns_to_drop(raw, names, train, drop_duplicates):
-    """{name: reason} for columns without spread over the training cells, with over 5 % missing, or (if asked) equal to an earlier one."""
-    n = len(raw)
-    missing, digests = np.zeros(len(names)), [hashlib.sha1() for _ in names]
-    for c in chunks(n):
-        block = np.array(raw[c])
+def columns_to_drop(raw, rows, names, moments, drop_duplicates):
+    """{name: reason} for columns without spread (`moments` of the training cells), over 5 % missing, or (if asked) equal to another."""
+    missing, digests, (count, mean, sd) = np.zeros(len(names)), [hashlib.sha1() for _ in names], moments
+    for c in chunks(len(rows)):
+        block = raw[rows[c]]
         missing += (~np.isfinite(block)).sum(0)
         if drop_duplicates:
-            for digest, column in zip(digests, np.ascontiguousarray(block.T)):
+            for digest, column in zip(digests, block.T):
                 digest.update(column.tobytes())
-    count, mean, sd = column_moments(raw, train)
+        release(raw)
     dropped, seen = {}, {}
     for j, name in enumerate(names):
-        if missing[j] > MAX_MISSING * n:
-            dropped[name] = f"{missing[j] / n:.1%} missing"
+        if missing[j] > MAX_MISSING * len(rows):
+            dropped[name] = f"{missing[j] / len(rows):.1%} missing"
         elif count[j] < 2 or sd[j] <= 1e-7 * abs(mean[j]):  # float32 holds 7 digits
             dropped[name] = "no spread over the training cells"
         elif drop_duplicates and digests[j].digest() in seen:
@@ -611,12 +578,10 @@ def columns_to_drop(raw, names, train, drop_duplicates):
     return dropped
 
 
-def plate_scales(raw, cells, centre_scale):
+def plate_scales(raw, keep, cells, train_scale):
     """--normalise plate-dmso: {plate: {centre, scale, cells}} from each plate's DMSO cells; marks the reference cells in cells['split'].
-
     A plate that has training DMSO cells is scaled by those; a held-out plate by all its DMSO cells, which then are `reference`, in no
-    test. Where a plate's DMSO cells show no spread in a feature, the training cells' spread is taken.
-    """
+    test. Where a plate's DMSO cells show no spread in a feature, `train_scale` is taken. keep: the cells' row numbers in `raw`."""
     plates, dmso = {}, (cells["compound"].str.upper() == "DMSO").to_numpy()
     for plate in sorted(cells["plate"].unique()):
         here = dmso & (cells["plate"] == plate).to_numpy()
@@ -625,9 +590,10 @@ def plate_scales(raw, cells, centre_scale):
             rows = np.flatnonzero(here)
             cells.loc[rows, "split"] = "reference"
         if len(rows) < 2:
-            raise InputError(f"plate {plate}: {len(rows)} DMSO cells, --normalise plate-dmso needs at least 2 on every plate; use --normalise train or --exclude the plate")
-        _, mean, sd = column_moments(raw, rows)
-        plates[plate] = {"centre": mean, "scale": np.where(sd > 0, sd, centre_scale[1]), "cells": len(rows)}
+            raise InputError(f"plate {plate}: {len(rows)} DMSO cells, --normalise plate-dmso needs at least 2 on every plate; "
+                             "use --normalise train or --exclude the plate")
+        _, mean, sd = column_moments(raw, keep[rows])
+        plates[plate] = {"centre": mean, "scale": np.where(sd > 0, sd, train_scale), "cells": len(rows)}
     return plates
 
 
@@ -645,60 +611,66 @@ def keep_freed_memory():
 
 
 def begin_worker():
-    """A worker leaves Ctrl-C to its parent and ends when that has died."""
+    """A worker computes in one thread, leaves Ctrl-C to its parent and ends when that has died."""
     def watch(parent=os.getppid()):
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
     keep_freed_memory()
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
 
-def read_patches(target, units, read_unit, state, workers, skip_bad):
-    """Fills target (N, C, 68, 68) unit by unit, in parallel; what is done is kept in the file `state`, so that it can be taken up again.
+def in_order(work, units, workers):
+    """work(unit) of every unit in turn, by `workers` processes that are a few units ahead."""
+    if workers == 1:
+        yield from map(work, units)
+        return
+    ahead, pool = [], ProcessPoolExecutor(workers, initializer=begin_worker)
+    try:
+        for unit in units:
+            ahead.append(pool.submit(work, unit))
+            if len(ahead) == 4 * workers:
+                yield ahead.pop(0).result()
+        yield from (job.result() for job in ahead)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
+
+def read_patches(target, units, read_unit, state, workers, skip_bad):
+    """Fills target (N, C, 68, 68) unit by unit; what is done is kept in the file `state`, so that it can be taken up again.
     units: (row of the first cell, unit); read_unit(unit) -> (patches, {position: reason}); a bad patch is refused by name, or with
-    skip_bad left black. Returns {row: reason}.
-    """
+    skip_bad left black. Returns {row: reason}."""
     done = json.loads(state.read_text()) if state.exists() else {"units": 0, "bad": {}}
     begin, said, saved, n = time.perf_counter(), 0.0, time.perf_counter(), len(target)
-    first = units[done["units"]][0] if done["units"] < len(units) else n
+    todo = units[done["units"]:]
 
     def save():
-        target.flush()
         release(target)
         state.with_suffix(".tmp").write_text(json.dumps(done))
         os.replace(state.with_suffix(".tmp"), state)
 
-    pool = ProcessPoolExecutor(workers, initializer=begin_worker) if workers > 1 else None
-    ahead = []
     try:
-        upcoming = iter(range(done["units"], len(units)))
-        while done["units"] < len(units):
-            while pool and len(ahead) < 4 * workers and (u := next(upcoming, None)) is not None:
-                ahead.append(pool.submit(read_unit, units[u][1]))
-            start, unit = units[done["units"]]
-            patches, bad = ahead.pop(0).result() if pool else read_unit(unit)
-            for i, reason in bad.items():
-                if not skip_bad:
-                    raise InputError(f"{reason}; mend it, or leave such cells out with --skip-bad")
-                done["bad"][str(start + i)] = reason
-            target[start:start + len(patches)] = patches
-            done["units"] += 1
-            now, at = time.perf_counter(), start + len(patches)
-            if now - saved > SAVE_EVERY:
-                save()
-                saved = now
-            if now - said > 5 or done["units"] == len(units):
-                rate = (at - first) / max(now - begin, 1e-9)
-                print(f"patches {at}/{n} cells | {rate:.0f} cells/s | {(n - at) / max(rate, 1e-9):.0f} s left", flush=True)
-                said = now
+        with closing(in_order(read_unit, [unit for _, unit in todo], workers)) as results:
+            for (start, _), (patches, bad) in zip(todo, results):
+                if bad and not skip_bad:
+                    raise InputError(f"{next(iter(bad.values()))}; mend it, or leave such cells out with --skip-bad")
+                done["bad"].update({str(start + i): reason for i, reason in bad.items()})
+                at = start + len(patches)
+                target[start:at] = patches
+                done["units"] += 1
+                now = time.perf_counter()
+                if now - saved > SAVE_EVERY:
+                    save()
+                    saved = now
+                if now - said > 5 or done["units"] == len(units):
+                    rate = (at - todo[0][0]) / max(now - begin, 1e-9)
+                    print(f"patches {at}/{n} cells | {rate:.0f} cells/s | {(n - at) / rate:.0f} s left", flush=True)
+                    said = now
     finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
         save()
-    return {int(k): v for k, v in done["bad"].items()}
+    return {int(row): reason for row, reason in done["bad"].items()}
 
 
 def white_levels(patches, rows):
@@ -710,103 +682,94 @@ def white_levels(patches, rows):
         for k in range(len(count)):
             count[k] += np.bincount(block[:, k].ravel(), minlength=FULL_SCALE + 1)
         release(patches)
-    cumulated = count.cumsum(1)
-    return [max(int(np.searchsorted(row, WHITE * row[-1])), 1) for row in cumulated], black
+    return [max(int(np.searchsorted(row, WHITE * row[-1])), 1) for row in count.cumsum(1)], black
 
 
 def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels, options, workers=1, skip_bad=False):
     """Writes a prepared folder: patches, features, cells.csv, meta.json; takes up OUT.partial where an earlier call was interrupted.
-
-    `pieces`: the measurements (data.fill_features); `units`: (row of the first cell, what `read_unit` takes), see read_patches; `options`:
-    split, normalise, drop_duplicates, seed and whatever else describes the call. Returns the meta dictionary.
-    """
+    `pieces`: the measurements (data.fill_features); `units`: (row of the first cell, what `read_unit` takes), see read_patches;
+    `options`: split, normalise, drop_duplicates, seed and whatever else describes the call. Returns the meta dictionary."""
     out = Path(out)
     work = out.with_name(out.name + ".partial")
     plan = hashlib.sha256(pd.util.hash_pandas_object(cells, index=False).to_numpy().tobytes())
     plan.update(json.dumps([options, names, channels], sort_keys=True, default=str).encode())
     plan = plan.hexdigest()
     if (work / "plan").exists() and (work / "plan").read_text() != plan:
-        raise InputError(f"{work}: an interrupted preparation with other options or input; repeat those to go on with it, or delete the folder")
+        raise InputError(f"{work}: an interrupted preparation with other options or input; repeat those to go on, or delete the folder")
     work.mkdir(parents=True, exist_ok=True)
     (work / "plan").write_text(plan)
 
-    n = len(cells)
-    shape = (n, len(channels), SIZE, SIZE)
-    path = work / "patches.npy"
-    patches = np.lib.format.open_memmap(path, "r+" if path.exists() and (work / "progress").exists() else "w+", np.uint16, shape)
+    # Everything that is read: patches of all cells, measurements of all cells and columns
+    n, path = len(cells), work / "patches.npy"
+    going_on = path.exists() and (work / "progress").exists()
+    create = lambda name, dtype, *shape: np.lib.format.open_memmap(work / name, "w+", dtype, shape)
+    patches = np.load(path, mmap_mode="r+") if going_on else create("patches.npy", np.uint16, n, len(channels), SIZE, SIZE)
     bad = read_patches(patches, units, read_unit, work / "progress", workers, skip_bad)
-    if not (work / "raw.npy").exists():
-        raw = np.lib.format.open_memmap(work / "raw.tmp", "w+", np.float32, (n, len(names)))
-        write_back = lambda: (raw.flush(), release(raw))
-        for c in chunks(n):
-            raw[c] = np.nan
-            write_back()
-        data.fill_features(raw, names, pieces, write_back)
-        os.replace(work / "raw.tmp", work / "raw.npy")
-    raw = np.load(work / "raw.npy", mmap_mode="r")
+    raw, measured = create("raw.npy", np.float32, n, len(names)), np.zeros(n, bool)
+    for c in chunks(n):
+        raw[c] = np.nan
+        release(raw)
+    data.fill_features(raw, names, pieces, lambda: release(raw))
 
-    # Cells that stay: those with a readable patch and at least one measurement
-    measured = np.concatenate([np.isfinite(raw[c]).any(1) for c in chunks(n)])
-    good = measured & ~np.isin(np.arange(n), list(bad))
-    if (~measured).any():
+    # Cells that stay (`keep`, their rows): those with a readable patch and at least one measurement
+    for c in chunks(n):
+        measured[c] = np.isfinite(raw[c]).any(1)
+        release(raw)
+    keep = np.flatnonzero(measured & ~np.isin(np.arange(n), list(bad)))
+    if not measured.all():
         print(f"{(~measured).sum()} cells without measurements dropped, first: {cells['cell'][~measured].iloc[0]}")
-    for row, reason in list(bad.items())[:1]:
-        print(f"{len(bad)} bad patches skipped, first: {reason}")
-    if not good.any():
+    if bad:
+        print(f"{len(bad)} bad patches skipped, first: {next(iter(bad.values()))}")
+    if not len(keep):
         raise InputError("no cell has both a patch and measurements")
-    keep = np.flatnonzero(good)
     cells = cells.iloc[keep].reset_index(drop=True)
     cells["split"] = split_cells(cells, options["split"], options["seed"])
-    if len(keep) < n:
-        kept = np.lib.format.open_memmap(work / "patches.tmp", "w+", np.uint16, (len(keep), *shape[1:]))
-        for c in chunks(len(keep)):
-            kept[c] = patches[keep[c]]
-            kept.flush()
-            release(kept), release(patches)
-        patches = kept
+    train = keep[cells["split"] == "train"]
 
-    # Features that stay, their centre and scale, and the values that are imputed and clipped
-    row_of = keep[np.flatnonzero(cells["split"] == "train")]
-    whole = Rows(raw, keep)
-    dropped = {**dropped, **columns_to_drop(whole, names, np.flatnonzero(cells["split"] == "train"), options["drop_duplicates"])}
+    # Features that stay (`column`), their centre and scale, and the values that are imputed and clipped
+    moments = column_moments(raw, train)
+    dropped = dropped | columns_to_drop(raw, keep, names, moments, options["drop_duplicates"])
     column = np.array([j for j, name in enumerate(names) if name not in dropped])
     if not len(column):
         raise InputError("every feature was dropped: " + "; ".join(f"{k}: {v}" for k, v in list(dropped.items())[:3]))
-    features = [names[j] for j in column]
-    part = Rows(raw, keep, column)
-    train = np.flatnonzero(cells["split"] == "train")
-    _, centre, scale = column_moments(part, train)
-    for name in [f for f, sd in zip(features, scale) if f.endswith("_AreaShape_Orientation") and sd < 1.6]:
-        print(f"{name} looks like radians, as CellProfiler 4.0 wrote it (other versions: degrees); do not mix tables of both")
-    plates = plate_scales(part, cells, (centre, scale)) if options["normalise"] == "plate-dmso" else {}
-    final = np.lib.format.open_memmap(work / "features.npy", "w+", np.float32, (len(keep), len(column)))
-    imputed, clipped = np.zeros(len(column), int), np.zeros(len(column), int)
+    features, (_, centre, scale) = [names[j] for j in column], moments
+    for j in column:
+        if names[j].endswith("_AreaShape_Orientation") and scale[j] < 1.6:
+            print(f"{names[j]} looks like radians, as CellProfiler 4.0 wrote it (other versions: degrees); do not mix tables of both")
+    plates = plate_scales(raw, keep, cells, scale) if options["normalise"] == "plate-dmso" else {}
+    final, imputed, clipped = create("features.npy", np.float32, len(keep), len(column)), 0, 0
     for c in chunks(len(keep)):
-        block = part[c].astype(np.float64)
-        mid = np.stack([plates[p]["centre"] for p in cells["plate"][c]]) if plates else np.broadcast_to(centre, block.shape)
+        block = raw[keep[c]].astype(np.float64)
+        mid = np.stack([plates[p]["centre"] for p in cells["plate"][c]]) if plates else centre
         sd = np.stack([plates[p]["scale"] for p in cells["plate"][c]]) if plates else scale
-        imputed += (~np.isfinite(block)).sum(0)
-        block = np.where(np.isfinite(block), block, mid)
-        clipped += (np.abs((block - mid) / sd) > CLIP).sum(0)
-        final[c] = block
-        final.flush()
-        release(final)
+        missing = ~np.isfinite(block)
+        block = np.where(missing, mid, block)
+        imputed += missing.sum(0)
+        clipped += (np.abs(block - mid) > CLIP * sd).sum(0)
+        final[c] = block[:, column]
+        release(final), release(raw)
     white, black = white_levels(patches, train)
-    del raw, whole, part, patches, final
     if len(keep) < n:
+        kept = create("patches.tmp", np.uint16, len(keep), *patches.shape[1:])
+        for c in chunks(len(keep)):
+            kept[c] = patches[keep[c]]
+            release(kept), release(patches)
         (work / "progress").unlink()  # if interrupted from here on, patches are read again: patches.npy has other rows now
-        os.replace(work / "patches.tmp", work / "patches.npy")
+        os.replace(work / "patches.tmp", path)
 
     cells[CELL_COLUMNS].to_csv(work / "cells.csv", index=False)
+    count = lambda values: {names[j]: int(values[j]) for j in column if values[j]}
     meta = {
-        "format": data.FORMAT, "channels": list(channels), "size": SIZE, "features": features, "centre": centre.tolist(), "scale": scale.tolist(),
-        "normalise": options["normalise"], "fitted_on": f"{len(row_of)} training cells",
-        "plates": {p: {k: v.tolist() if k != "cells" else v for k, v in s.items()} for p, s in plates.items()},
-        "white": white, "white_quantile": WHITE, "dropped": dropped,
-        "imputed": {f: int(k) for f, k in zip(features, imputed) if k}, "clipped": {f: int(k) for f, k in zip(features, clipped) if k},
+        "format": data.FORMAT, "channels": list(channels), "size": SIZE, "features": features,
+        "centre": centre[column].tolist(), "scale": scale[column].tolist(),
+        "normalise": options["normalise"], "fitted_on": f"{len(train)} training cells",
+        "plates": {p: {"centre": s["centre"][column].tolist(), "scale": s["scale"][column].tolist(), "cells": s["cells"]}
+                   for p, s in plates.items()},
+        "white": white, "white_quantile": WHITE, "dropped": dropped, "imputed": count(imputed), "clipped": count(clipped),
         "counts": {"cells": len(cells), "split": cells["split"].value_counts().to_dict(), "plates": cells["plate"].nunique(),
-                   "wells": len(cells.drop_duplicates(["plate", "well"])), "fields": cells["field"].nunique(), "compounds": cells["compound"].nunique(),
-                   "treatments": data.treatment_names(cells).nunique(), "mechanisms": len(set(cells["moa"]) - {"DMSO", "unknown"}),
+                   "wells": len(cells.drop_duplicates(["plate", "well"])), "fields": cells["field"].nunique(),
+                   "compounds": cells["compound"].nunique(), "treatments": data.treatment_names(cells).nunique(),
+                   "mechanisms": len(set(cells["moa"]) - {"DMSO", "unknown"}),
                    "unmeasured_cells": int((~measured).sum()), "bad_patches": len(bad), "cells_with_a_black_channel": black},
         "options": options, "checksums": {name: data.checksum(work / name) for name in data.FILES},
     }
@@ -817,41 +780,28 @@ def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels,
     return meta
 
 
-class Rows:
-    """Some rows and columns of a memory-mapped array, read when indexed: `Rows(raw, rows, columns)[i]`."""
-
-    def __init__(self, array, rows, columns=slice(None)):
-        self.array, self.rows, self.columns = array, rows, columns
-        self.shape = (len(rows), len(range(array.shape[1])[columns]) if isinstance(columns, slice) else len(columns))
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        values = np.asarray(self.array[self.rows[i]])[:, self.columns]
-        release(self.array)
-        return values
-
-
 def describe(out):
-    """What a prepared folder holds, in lines."""
+    """What a prepared folder holds, as text."""
     folder = data.open_folder(out)
     counts, meta = folder.meta["counts"], folder.meta
     trained = set(folder.treatment[folder.cells["split"] == "train"])
     absent = [t for i, t in enumerate(folder.treatments) if i not in trained]
-    reasons = pd.Series([re.sub(r"^[\d.]+% |identical to .*", lambda m: "over 5 % " if "%" in m[0] else "identical to another", r)
-                         for r in meta["dropped"].values()], dtype=str).value_counts()
-    return [
-        f"{out}: {counts['cells']} cells of {counts['plates']} plates, {counts['wells']} wells, {counts['fields']} fields; {counts['compounds']} compounds, "
-        f"{counts['treatments']} treatments, {counts['mechanisms']} mechanisms",
-        f"  split by {meta['options']['split']}: " + ", ".join(f"{s} {k} ({k / counts['cells']:.1%})" for s, k in counts["split"].items()),
-        f"  treatments absent from training: {', '.join(absent[:8]) + (', ...' if len(absent) > 8 else '') if absent else 'none'}",
-        f"  {len(folder.features)} features, normalise {meta['normalise']}; dropped {len(meta['dropped'])}"
+    reasons = pd.Series(list(meta["dropped"].values()), dtype=str).replace(
+        {r"^[\d.]+% ": "over 5 % ", "identical to .*": "identical to another"}, regex=True).value_counts()
+    by, imputed, clipped = meta["options"]["split"], meta["imputed"].values(), meta["clipped"].values()
+    lines = [
+        f"{out}: {counts['cells']} cells of {counts['plates']} plates, {counts['wells']} wells, {counts['fields']} fields; "
+        f"{counts['compounds']} compounds, {counts['treatments']} treatments, {counts['mechanisms']} mechanisms",
+        f"split by {by}: " + ", ".join(f"{s} {k} ({k / counts['cells']:.1%})" for s, k in counts["split"].items()),
+        f"treatments absent from training: {', '.join(absent[:8]) + (', ...' if len(absent) > 8 else '') if absent else 'none'}",
+        f"{len(folder.features)} features, normalise {meta['normalise']}; dropped {len(meta['dropped'])}"
         + "".join(f"; {k} {r}" for r, k in reasons.items()),
-        f"  imputed {sum(meta['imputed'].values())} values in {len(meta['imputed'])} features; beyond {CLIP:.0f} sd {sum(meta['clipped'].values())} values in {len(meta['clipped'])}",
-        f"  channels {', '.join(folder.channels)}; cells with a black channel {counts['cells_with_a_black_channel']}; "
-        f"{(folder.path / 'patches.npy').stat().st_size / 1e6:.0f} MB of patches",
-    ] + (["  split by cell, as the paper: cells of one field stand on both sides; --split plate is the honest test"] if meta["options"]["split"] == "cell" else [])
+        f"imputed {sum(imputed)} values in {len(imputed)} features; beyond {CLIP:.0f} sd {sum(clipped)} values in {len(clipped)}",
+        f"channels {', '.join(folder.channels)}; cells with a black channel {counts['cells_with_a_black_channel']}; "
+        f"{folder.patches.nbytes / 1e6:.0f} MB of patches"]
+    if by == "cell":
+        lines.append("split by cell, as the paper: cells of one field stand on both sides; --split plate is the honest test")
+    return "\n  ".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -881,7 +831,8 @@ def foreground(x, sigma, level=1.0):
     """Bright pixels of each image, holes filled: smooth by `sigma` pixels, logarithm, cut at `level` of the way from the
     darkest pixel to Otsu's threshold. x (N, H, W) of any scale -> (smoothed x, (N, H, W) bool)."""
     x = ndi.gaussian_filter(np.maximum(x, 0).astype(np.float32), (0, sigma, sigma))
-    log = np.log(x / np.maximum(x.max((1, 2), keepdims=True), 1e-12) + 0.05)    # a dim nucleus beside a bright one stays, a faint halo of a generated one does not count
+    # in the logarithm a dim nucleus beside a bright one stays; + 0.05: the faint halo of a generated one does not count
+    log = np.log(x / np.maximum(x.max((1, 2), keepdims=True), 1e-12) + 0.05)
     low = np.percentile(log, 0.1, axis=(1, 2), keepdims=True)
     bright = ndi.binary_fill_holes(log > low + level * (otsu(log) - low), FLAT4)
     return x, bright & ~bright.all((1, 2), keepdims=True)
@@ -906,9 +857,7 @@ def hills(height):
 
 def find_nuclei(dapi):
     """Nuclei of each image: dapi (N, H, W) -> (smoothed dapi, (N, H, W) int labels, 0 = background).
-
-    Touching nuclei are parted where the smoothed distance to the background falls into different hills.
-    """
+    Touching nuclei are parted where the smoothed distance to the background falls into different hills."""
     smooth, bright = foreground(dapi, 1)
     depth = ndi.distance_transform_edt(bright, sampling=(1e3, 1, 1))            # 1e3: images of a stack are far apart
     return smooth, hills(ndi.gaussian_filter(depth, (0, 3, 3))) * bright
@@ -918,9 +867,8 @@ def find_cells(nuclei, tubulin, actin):
     """Cells around nuclei: every bright pixel of tubulin + actin goes to the nearest nucleus. All (N, H, W) -> int labels."""
     stain = sum(x / np.maximum(x.max((1, 2), keepdims=True), 1e-12) for x in (tubulin, actin))
     _, bright = foreground(stain, 1, level=0.5)                                 # cells fade out: halfway to Otsu
-    image, row, column = ndi.distance_transform_edt(nuclei == 0, sampling=(1e3, 1, 1), return_distances=False,
-                                                    return_indices=True)
-    return nuclei[image, row, column] * (bright | (nuclei > 0))
+    nearest = ndi.distance_transform_edt(nuclei == 0, sampling=(1e3, 1, 1), return_distances=False, return_indices=True)
+    return nuclei[tuple(nearest)] * (bright | (nuclei > 0))
 
 
 def keep_connected(mask, seed):
@@ -930,11 +878,8 @@ def keep_connected(mask, seed):
 
 def segment(images, chunk=256):
     """Nucleus and cell in the middle of each patch.
-
-    images (N, 3, H, W) uint16 or float of any scale, channels DAPI, tubulin, actin.
-    Returns masks (N, H, W) uint8, bit 1 nucleus, bit 2 cell (which contains the nucleus). A patch without a plausible
-    nucleus at its centre (too small, too large, no contrast) is all zero: nothing is invented.
-    """
+    images (N, 3, H, W) uint16 or float of any scale, channels DAPI, tubulin, actin. Returns masks (N, H, W) uint8, bit 1 nucleus, bit 2
+    cell (with the nucleus). A patch without a plausible nucleus at its centre (too small, too large, no contrast) is all zero."""
     masks = np.zeros((len(images), *images.shape[2:]), np.uint8)
     for start in range(0, len(images), chunk):
         dapi, tubulin, actin = np.asarray(images[start:start + chunk], np.float32).transpose(1, 0, 2, 3)
@@ -957,9 +902,7 @@ def segment(images, chunk=256):
 
 def segment_field(dapi, tubulin, actin):
     """Nuclei and cells of one whole field: three (H, W) images -> two (H, W) int32 label images, a cell has its nucleus' label.
-
-    Nuclei below MIN_AREA pixels or MIN_CONTRAST are dropped; labels run from 1 without gaps.
-    """
+    Nuclei below MIN_AREA pixels or MIN_CONTRAST are dropped; labels run from 1 without gaps."""
     dapi, tubulin, actin = (np.asarray(x, np.float32)[None] for x in (dapi, tubulin, actin))
     smooth, nuclei = find_nuclei(dapi)
     nuclei = np.unique(nuclei, return_inverse=True)[1].reshape(nuclei.shape)
@@ -975,7 +918,7 @@ def segment_field(dapi, tubulin, actin):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring as CellProfiler 4.2.8 does, without it: torch, any device, N objects at once.
-# Coordinates are 0-based pixel centres, X = column, Y = row. Formulae: CellProfiler's MeasureObject* modules (scikit-image, centrosome, mahotas).
+# Coordinates are 0-based pixel centres, X = column, Y = row. Formulae: CellProfiler's MeasureObject* (scikit-image, centrosome, mahotas).
 # m (N, H, W) bool is one object per patch with an empty margin of MARGIN pixels; x (N, C, H, W) float32 in 0..1.
 # Every family returns (names, values (N, len(names)) float64).
 
@@ -1007,9 +950,7 @@ def quantile(ranked, count, share):
 
 def outline(m):
     """Pixels of m with one of their 4 neighbours outside."""
-    inside = m.clone()
-    inside[:, 1:-1, 1:-1] &= m[:, :-2, 1:-1] & m[:, 2:, 1:-1] & m[:, 1:-1, :-2] & m[:, 1:-1, 2:]
-    return m & ~inside
+    return m & ~F.pad(m[:, :-2, 1:-1] & m[:, 2:, 1:-1] & m[:, 1:-1, :-2] & m[:, 1:-1, 2:], (1, 1, 1, 1))
 
 
 def squared_distance(m):
@@ -1047,8 +988,8 @@ def sweep(length, step):
 def path_length(m, row, column):
     """Shortest way inside m from pixel (row, column) of each object, by steps of 1 and sqrt(2): (N, H, W), inf = no way."""
     n, h, w = m.shape
-    y, x = torch.arange(h, device=m.device)[:, None, None], torch.arange(w, device=m.device)[:, None]
-    dy, dx = (y - row).abs().float(), (x - column).abs().float()
+    dy = (torch.arange(h, device=m.device)[:, None, None] - row).abs().float()
+    dx = (torch.arange(w, device=m.device)[:, None] - column).abs().float()
     free = torch.maximum(dy, dx) + (math.sqrt(2) - 1) * torch.minimum(dy, dx)   # (H, W, N), without obstacles
     length = torch.full_like(free, math.inf).masked_fill_(free == 0, 0)
     step = torch.where(m.permute(1, 2, 0), 1.0, math.inf).contiguous()
@@ -1109,9 +1050,7 @@ def zernike_coefficients():
 
 def zernike(m):
     """Magnitude of the 30 Zernike moments of each shape in its smallest enclosing circle: (N, 30).
-
-    All pixels count. CellProfiler loses 1-3 on the circle itself to rounding: equal to 0.011.
-    """
+    All pixels count. CellProfiler loses 1-3 on the circle itself to rounding: equal to 0.011."""
     centre, radius = enclosing_circle(m)
     y, x = (torch.arange(size, device=m.device) for size in m.shape[1:])
     moment = moments(m.double(), (y - centre.imag) / radius, (x - centre.real) / radius, 9).to(torch.complex128)
@@ -1212,9 +1151,7 @@ def intensity(x, m, edge, channels):
 
 def texture(x, m, channels, scale):
     """Haralick's 13 features of grey levels co-occurring `scale` pixels apart, in 4 directions and every channel.
-
-    256 grey levels; level 0 counts as outside. 0 where a direction has no pair at all, as in CellProfiler.
-    """
+    256 grey levels; level 0 counts as outside. 0 where a direction has no pair at all, as in CellProfiler."""
     n, h, w = m.shape
     k = torch.arange(511, dtype=torch.float64, device=m.device)
     entropy = lambda p: -(p * p.clamp(min=1e-300).log2()).sum(1)                # of each row, in bits
@@ -1257,9 +1194,7 @@ def texture(x, m, channels, scale):
 
 def ring_and_wedge(m, distance2):
     """Ring * 8 + wedge of every pixel seen from the innermost one, in RINGS rings from there to the edge: (N, H, W), -1 outside.
-
-    The innermost pixel is the first one farthest from the edge. Where several tie, CellProfiler's choice is arbitrary.
-    """
+    The innermost pixel is the first one farthest from the edge. Where several tie, CellProfiler's choice is arbitrary."""
     n, h, w = m.shape
     centre = distance2.flatten(1).argmax(1)
     row, column = centre // w, centre % w
@@ -1319,16 +1254,14 @@ def correlation(x, m, channels, threshold=0.15):
 
 def measure(images, masks, channels=("DAPI", "Tubulin", "Actin"), scale=3, chunk=64, device="cpu"):
     """Measure nucleus, cell and cytoplasm (cell without nucleus) of each patch under CellProfiler 4.2.8's names.
-
-    images (N, C, H, W), uint16 (divided by 65535, as CellProfiler reads a 16-bit TIFF) or float in 0..1; masks (N, H, W)
-    uint8, bit 1 nucleus, bit 2 cell, as from `segment`. The first channel is measured in nuclei only. `scale` in pixels is
-    that of Texture; a patch is at most 180 wide. Returns names, a list of F, and values (N, F) float64; a missing object
-    is NaN, a black channel gives 0 or NaN. `chunk` patches are measured at a time and share nothing.
-    """
+    images (N, C, H, W), uint16 (divided by 65535, as CellProfiler reads a 16-bit TIFF) or float in 0..1; masks (N, H, W) uint8, bit 1
+    nucleus, bit 2 cell, as from `segment`. The first channel is measured in nuclei only. `scale` in pixels is that of Texture; a patch is
+    at most 180 wide. Returns names, a list of F, and values (N, F) float64; a missing object is NaN, a black channel gives 0 or NaN.
+    `chunk` patches are measured at a time and share nothing."""
     images, masks = np.asarray(images), np.asarray(masks)
     assert images.shape[0] == masks.shape[0] and images.shape[2:] == masks.shape[1:], (images.shape, masks.shape)
-    assert len(images) and images.shape[1] == len(channels) and max(masks.shape[1:]) <= 180 and chunk < 2 ** 13, (images.shape, channels, chunk)
-    channels, whole = list(channels), 65535 if images.dtype.kind in "ui" else 1
+    assert len(images) and images.shape[1] == len(channels) and max(masks.shape[1:]) <= 180 and chunk < 2 ** 13, (images.shape, chunk)
+    whole = 65535 if images.dtype.kind in "ui" else 1
 
     def part(start):
         torch.set_num_threads(1)
@@ -1366,44 +1299,39 @@ def measure(images, masks, channels=("DAPI", "Tubulin", "Actin"), scale=3, chunk
 
 def measure_by_cp_measure(images, masks, channels=CHANNELS):
     """The same job as `measure`, by the package cp_measure 0.3.0 (optional), which knows more features: names and values (N, F).
-
-    Patches are tiled with a gap into one picture, as the package wants it; `legacy`: CellProfiler's definitions. InputError without it.
-    """
+    Patches are tiled with a gap into one picture, as the package wants it; `legacy`: CellProfiler's definitions. InputError without it."""
     try:
         from cp_measure.bulk import get_core_measurements, get_correlation_measurements
     except ImportError:
         raise InputError("--engine cp_measure: the package is not installed; pip install cp_measure==0.3.0, or use --engine ours") from None
     images, masks = np.asarray(images), np.asarray(masks)
-    whole, side, gap = 65535 if images.dtype.kind in "ui" else 1, math.ceil(math.sqrt(len(images))), 4
+    whole, side = 65535 if images.dtype.kind in "ui" else 1, math.ceil(math.sqrt(len(images)))
 
     def tiled(patches):
-        """(N, H, W) -> one picture with `gap` pixels of 0 between the patches"""
-        padded = np.zeros((side * side, patches.shape[1] + gap, patches.shape[2] + gap), patches.dtype)
-        padded[:len(patches), gap // 2:-gap // 2, gap // 2:-gap // 2] = patches
+        """(N, H, W) -> one picture with 4 pixels of 0 between the patches"""
+        padded = np.pad(patches, ((0, side * side - len(patches)), (2, 2), (2, 2)))
         return padded.reshape(side, side, *padded.shape[1:]).swapaxes(1, 2).reshape(side * padded.shape[1], -1)
 
     pixels = [tiled(images[:, c].astype(np.float32) / np.float32(whole)) for c in range(len(channels))]
     core, pairs, found = get_core_measurements(legacy=True), get_correlation_measurements(), {}
     nucleus, cell = (masks & NUCLEUS) > 0, (masks & CELL) > 0
     for compartment, part in (("Nuclei", nucleus), ("Cells", cell), ("Cytoplasm", cell & ~nucleus)):
-        there = np.flatnonzero(part.any((1, 2)))
-        label = np.zeros(len(part), int)
-        label[there] = np.arange(len(there)) + 1
-        labels = tiled(part * label[:, None, None])
-        results = [("AreaShape_" + name, v) for k in ("sizeshape", "zernike", "feret") for name, v in core[k](labels, None).items()]
+        there = part.any((1, 2))
+        labels = tiled(part * np.where(there, there.cumsum(), 0)[:, None, None])
+        results = {f"AreaShape_{name}": v for kind in ("sizeshape", "zernike", "feret") for name, v in core[kind](labels, None).items()}
         stains = list(zip(channels, pixels))[0 if compartment == "Nuclei" else 1:]
         for channel, x in stains:
-            for kind, prefix in (("intensity", ""), ("texture", "Texture_"), ("radial_distribution", ""), ("radial_zernikes", ""), ("granularity", "")):
+            for kind in ("intensity", "texture", "radial_distribution", "radial_zernikes", "granularity"):
                 for name, v in core[kind](labels, x).items():
-                    family, feature, *rest = (prefix + name).split("_")
-                    results.append(("_".join([family, feature, channel, *rest]), v))
+                    family, feature, *rest = (f"Texture_{name}" if kind == "texture" else name).split("_")
+                    results["_".join([family, feature, channel, *rest])] = v
         for (a, x), (b, y) in itertools.combinations(stains if compartment == "Cells" else [], 2):
             for kind in ("pearson", "manders_fold", "rwc"):
                 for name, v in pairs[kind](x, y, labels).items():
                     feature = name.removeprefix("Correlation_").replace("Pearson", "Correlation")
-                    results.append((f"Correlation_{feature.removesuffix('_2')}_{b}_{a}" if feature.endswith("_2") else
-                                    f"Correlation_{feature.removesuffix('_1')}_{a}_{b}", v))
-        for name, v in results:
+                    order = f"{b}_{a}" if feature.endswith("_2") else f"{a}_{b}"
+                    results[f"Correlation_{re.sub('_[12]$', '', feature)}_{order}"] = v
+        for name, v in results.items():
             found[f"{compartment}_{name}"] = np.full(len(masks), np.nan)
             found[f"{compartment}_{name}"][there] = v
     return list(found), np.stack(list(found.values()), 1)
@@ -1420,46 +1348,42 @@ WINDOWS = (68, 96, 128, 178)  # pixels, sides of the squares in which objects of
 
 def measure_fields(images, export, image_csv, channels, workers, skip_bad, engine="ours"):
     """Segments and measures every field below `images` and writes an export like CellProfiler's, one folder a field, at `export`.
-
-    The files of a field: `image_csv` names them (Image_FileName_<channel>), or they share a name up to _w<number>, as BBBC021's do. Fields
-    whose folder is there already are not measured again, so that an interrupted call goes on.
-    """
+    The files of a field: `image_csv` names them (Image_FileName_<channel>), or they share a name up to _w<number>, as BBBC021's do.
+    Fields whose folder is there already are not measured again, so that an interrupted call goes on."""
     found, fields = index_files(images), {}
     if image_csv:
-        table = read_csv(image_csv, dtype=str)
-        columns = [f"Image_FileName_{c}" for c in channels]
+        table, columns = read_csv(image_csv, dtype=str), [f"Image_FileName_{c}" for c in channels]
         if lacking := [c for c in columns if c not in table]:
             raise InputError(f"{image_csv}: no column {lacking[0]}, found {list(table.columns)}; see --channels")
-        fields = {Path(row[0]).stem: [found.get(name, Path(images) / name) for name in row] for row in table[columns].to_numpy() if row[0] in found}
+        for row in table[columns].to_numpy():
+            if row[0] in found:
+                fields[Path(row[0]).stem] = [found.get(name, Path(images) / name) for name in row]
     else:
         for path in found.values():
             if match := re.match(r"(.+)_w(\d+)", path.stem):
                 fields.setdefault((path.parent, match[1]), []).append((int(match[2]), path))
         fields = {files[0][1].stem: [path for _, path in files] for files in map(sorted, fields.values())}
-    for name, files in fields.items():
+    for files in fields.values():
         if len(files) != len(channels):
             raise InputError(f"{files[0]}: {len(files)} files share its name up to _w, expected one for each of {', '.join(channels)}")
     if not fields:
         raise InputError(f"{images}: no field; expected files named ..._w1..., _w2..., _w4..., or give --image-csv")
     todo = [(number, name, files) for number, (name, files) in enumerate(fields.items(), 1) if not (Path(export) / name).exists()]
     begin, said, count = time.perf_counter(), time.perf_counter(), 0
-    with ProcessPoolExecutor(workers, initializer=begin_worker) as pool:
-        jobs = [pool.submit(measure_field, unit, export, channels, engine, skip_bad) for unit in todo]
-        try:
-            for k, job in enumerate(jobs, 1):
-                count += job.result()
-                if time.perf_counter() - said > 5 or k == len(jobs):
-                    said = time.perf_counter()
-                    print(f"measured {k}/{len(todo)} fields | {count / (said - begin):.1f} cells/s | {(said - begin) / k * (len(todo) - k):.0f} s left", flush=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    work = partial(measure_field, export=export, channels=channels, engine=engine, skip_bad=skip_bad)
+    with closing(in_order(work, todo, workers)) as results:
+        for k, cells in enumerate(results, 1):
+            count += cells
+            if time.perf_counter() - said > 5 or k == len(todo):
+                said = time.perf_counter()
+                rate, left = count / (said - begin), (said - begin) / k * (len(todo) - k)
+                print(f"measured {k}/{len(todo)} fields | {rate:.1f} cells/s | {left:.0f} s left", flush=True)
     return export
 
 
 def measure_field(unit, export, channels, engine="ours", skip_bad=False):
     """Segments and measures one field, unit = (ImageNumber, name, files), and writes its four tables; returns the number of cells."""
     number, name, files = unit
-    torch.set_num_threads(1)  # the fields run side by side
     try:
         field = [read_tiff(file) for file in files]
         if len({x.shape for x in field}) > 1:
@@ -1469,31 +1393,28 @@ def measure_field(unit, export, channels, engine="ours", skip_bad=False):
             raise
         return 0
     nuclei, cells = segment_field(*field)
-    field = np.stack([x * np.uint16(257) if x.dtype == np.uint8 else x for x in field])
-    boxes, names, rows, label = ndi.find_objects(cells), [], [], []  # measured in squares: places in them mean nothing and are not written
+    # Objects are cut out in squares, whose last two layers are the labels; places in a square mean nothing and are not written
+    layers = np.stack([*(x * np.uint16(257) if x.dtype == np.uint8 else x for x in field), nuclei, cells])
+    layers = np.pad(layers, ((0, 0), *[(WINDOWS[-1],) * 2] * 2))
+    boxes, tables = ndi.find_objects(cells), []
     size = np.array([max(s.stop - s.start for s in box) for box in boxes], int)
-    padded = np.pad(field, ((0, 0), *[(WINDOWS[-1],) * 2] * 2))
-    pad_nuclei, pad_cells = (np.pad(x, WINDOWS[-1]) for x in (nuclei, cells))
     for low, side in zip((0, *WINDOWS), WINDOWS):
-        here = np.flatnonzero((size > low) & (size <= side))
-        patches, masks = np.zeros((len(here), len(field), side, side), np.uint16), np.zeros((len(here), side, side), np.uint8)
-        for i, k in enumerate(here):
-            at = tuple(slice(m := (s.start + s.stop - side) // 2 + WINDOWS[-1], m + side) for s in boxes[k])
-            patches[i] = padded[(slice(None), *at)]
-            masks[i] = NUCLEUS * (pad_nuclei[at] == k + 1) + CELL * (pad_cells[at] == k + 1)
-        if len(here):
-            names, values = ENGINES[engine](patches, masks, channels)
-            rows.append(values)
-            label.append(here + 1)
-    label = np.concatenate(label) if label else np.zeros(0, int)
-    table = pd.DataFrame(np.concatenate(rows) if rows else np.zeros((0, 0)), index=label, columns=names).sort_index()
+        label = np.flatnonzero((size > low) & (size <= side)) + 1
+        corner = [[(s.start + s.stop - side) // 2 + WINDOWS[-1] for s in boxes[k - 1]] for k in label]
+        squares = np.array([layers[:, r:r + side, c:c + side] for r, c in corner])
+        if len(label):
+            own = squares[:, -2:] == label[:, None, None, None]
+            masks = (NUCLEUS * own[:, 0] + CELL * own[:, 1]).astype(np.uint8)
+            names, values = ENGINES[engine](squares[:, :-2].astype(np.uint16), masks, channels)
+            tables.append(pd.DataFrame(values, label, names))
+    table = pd.concat(tables).sort_index() if tables else pd.DataFrame(index=np.zeros(0, int))
     work = Path(export) / f".{name}"
     work.mkdir(parents=True, exist_ok=True)
     image = {"ImageNumber": number, **{f"FileName_{c}": Path(file).name for c, file in zip(channels, files)}}
     pd.DataFrame([image]).to_csv(work / "Image.csv", index=False)
     centre = np.array(ndi.center_of_mass(nuclei > 0, nuclei, table.index)).reshape(-1, 2)
-    for o in ("Nuclei", "Cells", "Cytoplasm"):
-        own = table[[c for c in sort_columns(names)[0] if c.startswith(o + "_")]].rename(columns=lambda c: c.removeprefix(o + "_"))
+    for o in data.OBJECTS:
+        own = table[[c for c in sort_columns(table.columns)[0] if c.startswith(o + "_")]].rename(columns=lambda c: c.removeprefix(o + "_"))
         keys = {"ImageNumber": number, "ObjectNumber": table.index, "Parent_Nuclei": table.index}
         if o == "Nuclei":
             keys |= {"Location_Center_X": centre[:, 1], "Location_Center_Y": centre[:, 0]}
@@ -1513,20 +1434,18 @@ def choose_cells(cells, taxol, exclude, limit, seed):
         control = (cells["compound"] == "taxol") & np.isclose(cells["concentration"], 0.3)
         control &= ~((cells["well"] == "D05") & cells["plate"].isin(["Week1_22123", "Week1_22141", "Week1_22161"]))
         stay &= ~control.to_numpy()
-        report.append(f"{int(control.sum())} cells of taxol 0.3 uM positive-control wells dropped")
+        report.append(f"{control.sum()} cells of taxol 0.3 uM positive-control wells dropped")
     if exclude:
         table = read_csv(exclude, dtype=str)
-        unknown = [c for c in table.columns if c not in CELL_COLUMNS]
-        if unknown or not len(table):
-            raise InputError(f"{exclude}: expected a CSV with columns among {CELL_COLUMNS[:-1]} and a row for what to leave out, found {list(table.columns)}")
-        as_text = cells[list(table.columns)].astype(str)
-        out = pd.Series(map(tuple, as_text.to_numpy())).isin(set(map(tuple, table.to_numpy()))).to_numpy()
+        if set(table.columns) - set(CELL_COLUMNS[:-1]) or not len(table):
+            raise InputError(f"{exclude}: expected a CSV with columns among {CELL_COLUMNS[:-1]} and a row for what to leave out, "
+                             f"found {list(table.columns)}")
+        out = pd.MultiIndex.from_frame(cells[list(table.columns)].astype(str)).isin(pd.MultiIndex.from_frame(table))
         stay &= ~out
         report.append(f"{out.sum()} cells excluded by {exclude}")
     if limit and stay.sum() > limit:
         left = np.flatnonzero(stay)
-        stay[:] = False
-        stay[np.random.default_rng([seed, 4]).choice(left, limit, replace=False)] = True
+        stay = np.isin(np.arange(len(cells)), np.random.default_rng([seed, 4]).choice(left, limit, replace=False))
         report.append(f"{limit} of {len(left)} cells drawn (--limit, seed {seed})")
     if not stay.any():
         raise InputError("no cell is left after --taxol-controls, --exclude and --limit")
@@ -1542,19 +1461,23 @@ def parse(argv):
     source.add_argument("--images", metavar="DIR", help="whole fields: TIFF files, found by name anywhere below DIR")
     source.add_argument("--check", metavar="DIR", help="compare every checksum of a prepared folder, write nothing")
     add("--features", metavar="TABLE", help=f"with --crops: CSV of CellProfiler measurements, key column {KEY}")
-    add("--cellprofiler", metavar="EXPORT", help="with --images: CellProfiler's folder of CSV files (or of such folders), or SQLite file (default: cells are segmented and measured here)")
-    add("--engine", choices=list(ENGINES), default="ours", help="with --images alone: who measures, ours or the package cp_measure (default ours)")
+    add("--cellprofiler", metavar="EXPORT", help="with --images: CellProfiler's folder of CSV files (or of such folders), or SQLite file "
+                                                 "(default: cells are segmented and measured here)")
+    add("--engine", choices=list(ENGINES), default="ours", help="with --images alone: who measures (cp_measure: the package; default ours)")
     add("--image-csv", metavar="FILE", help="with --images: BBBC021_v1_image.csv, what a field is (default: CellProfiler's Metadata_)")
-    add("--channels", default=",".join(CHANNELS), help="with --images: names of the FileName_ columns in order (default DAPI,Tubulin,Actin)")
-    add("--write-release", metavar="DIR", help="with --simulate: write fields, BBBC021's tables and CellProfiler's, and no prepared folder")
+    add("--channels", default="DAPI,Tubulin,Actin", help="with --images: names of the FileName_ columns in order (default %(default)s)")
+    add("--write-release", metavar="DIR", help="with --simulate: write fields, BBBC021's tables and CellProfiler's, no prepared folder")
     add("--moa", metavar="FILE", help="BBBC021_v1_moa.csv: mechanisms by compound and concentration (default: the metadata's own)")
-    add("--stored-order", default="DAPI,Actin,Tubulin", help="with --crops: channels in the order the files hold them (default DAPI,Actin,Tubulin)")
+    add("--stored-order", default="DAPI,Actin,Tubulin", help="with --crops: channels in the files' order (default %(default)s)")
     add("--columns", metavar="REGEX", help="keep only features that match, e.g. '^Nuclei_AreaShape'")
     add("--out", metavar="DIR", help="the prepared folder to write")
-    add("--split", choices=["cell", "field", "well", "plate", "compound"], default="cell", help="unit that never stands in two splits (default cell, the paper)")
-    add("--normalise", choices=["train", "plate-dmso"], default="train", help="centre and scale from all training cells, or per plate from its DMSO cells")
+    add("--split", choices=["cell", "field", "well", "plate", "compound"], default="cell",
+        help="unit that never stands in two splits (default cell, the paper)")
+    add("--normalise", choices=["train", "plate-dmso"], default="train",
+        help="centre and scale from all training cells, or per plate from its DMSO cells")
     add("--drop-duplicates", action="store_true", help="drop features that are identical to an earlier one")
-    add("--taxol-controls", choices=["keep", "drop"], default="keep", help="taxol 0.3 uM is also the positive control of every plate (default keep)")
+    add("--taxol-controls", choices=["keep", "drop"], default="keep",
+        help="taxol 0.3 uM is also the positive control of every plate (default keep)")
     add("--exclude", metavar="FILE", help="CSV of what to leave out: columns of cells.csv (plate, well, ...), a row for each combination")
     add("--limit", type=int, metavar="N", help="only N cells, drawn by the seed")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read patches (default: the CPUs, 8 at most)")
@@ -1570,11 +1493,10 @@ def parse(argv):
     for name, least in (("simulate", 100), ("limit", 1), ("workers", 1), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name} is {getattr(args, name)}, expected {least} or more")
-    if args.columns:
-        try:
-            re.compile(args.columns)
-        except re.error as error:
-            parser.error(f"--columns {args.columns!r} is no regular expression ({error})")
+    try:
+        re.compile(args.columns or "")
+    except re.error as error:
+        parser.error(f"--columns {args.columns!r} is no regular expression ({error})")
     return args
 
 
@@ -1588,10 +1510,9 @@ def main(argv=None):
         if not all(equal.values()):
             raise InputError(f"{args.check}: changed; prepare it again")
         return
-    if args.write_release:
-        if Path(args.write_release).exists():
-            raise InputError(f"{args.write_release}: exists already; choose another --write-release, or delete it")
-        r = args.write_release
+    if r := args.write_release:
+        if Path(r).exists():
+            raise InputError(f"{r}: exists already; choose another --write-release, or delete it")
         count = write_release(r, *simulate_table(args.simulate, args.seed), args.seed)
         print(f"{r}: {count} fields; next: python prepare_bbbc021.py --images {r}/images --cellprofiler {r}/cellprofiler "
               f"--image-csv {r}/BBBC021_v1_image.csv --moa {r}/BBBC021_v1_moa.csv --out out/")
@@ -1618,37 +1539,35 @@ def main(argv=None):
         cells, names, dropped, pieces, report = crops_table(args.crops, args.features, args.columns, moa)
     else:
         channels = args.channels.split(",")
-        if len(set(channels)) < 3 or len(channels) > 3:
+        if len(set(channels)) != 3 or len(channels) != 3:
             raise InputError(f"--channels {args.channels}: expected three names, separated by commas")
-        export = args.cellprofiler or measure_fields(args.images, f"{out}.measured", args.image_csv, channels, args.workers, args.skip_bad, args.engine)
+        export = args.cellprofiler or measure_fields(args.images, f"{out}.measured", args.image_csv, channels, args.workers,
+                                                     args.skip_bad, args.engine)
         cells, names, dropped, pieces, report, files = fields_table(args.images, export, args.image_csv, channels, args.columns,
                                                                     moa, args.skip_bad)
     stay, more = choose_cells(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
     cells, pieces = data.keep_cells(cells, pieces, stay)
+    print("\n".join(report + more))
 
-    units, runs = [], [*first_rows(cells["field"]).tolist(), len(cells)]
+    fields = dict(list(cells.groupby("field", sort=False)))
     if args.simulate:
-        # every cell of a field is drawn, also those that are not kept: a picture does not depend on --limit
-        bounds, row = [*first_rows(drawn["field"]).tolist(), len(drawn)], np.flatnonzero(stay)
-        for a, b in zip(runs, runs[1:]):
-            k = np.searchsorted(bounds, row[a], "right")
-            whole = slice(bounds[k - 1], bounds[k])
-            x, y = (drawn[c].to_numpy()[whole] for c in ("x", "y"))
-            units.append((a, (table[whole], x, y, [args.seed, 5, whole.start], row[a:b] - whole.start)))
-        read_unit = simulated_unit
+        read_unit, units, row = simulated_unit, [], np.flatnonzero(stay)
+        for field, whole in drawn.groupby("field", sort=False):
+            if field in fields:  # all its cells are drawn, also those that are not kept: a picture does not depend on --limit
+                kept, first = fields[field].index, whole.index[0]
+                place = whole["x"].to_numpy(), whole["y"].to_numpy()
+                units.append((kept[0], (table.loc[whole.index], *place, [args.seed, 5, first], row[kept] - first)))
     elif args.crops:
+        read_unit, order = crops_unit, [stored.index(c) for c in channels]
         paths = [f"{args.crops}/{field}/{cell.removesuffix('.npy')}.npy" for field, cell in zip(cells["field"], cells["cell"])]
-        order = [stored.index(c) for c in channels]
         units = [(a, (paths[a:a + CROPS_AT_ONCE], order)) for a in range(0, len(cells), CROPS_AT_ONCE)]
-        read_unit = crops_unit
     else:
-        units = [(a, (files[cells["field"][a]], cells["x"].to_numpy()[a:b], cells["y"].to_numpy()[a:b])) for a, b in zip(runs, runs[1:])]
         read_unit = fields_unit
-    for line in report + more:
-        print(line)
+        units = [(part.index[0], (files[field], part["x"].to_numpy(), part["y"].to_numpy())) for field, part in fields.items()]
     meta = write_folder(out, cells, names, dropped, pieces, units, read_unit, channels, options, args.workers, args.skip_bad)
-    print("\n".join(describe(out)))
-    print(f"done in {time.perf_counter() - begin:.1f} s; next: python train.py --data {args.out}" + ("" if meta["counts"]["treatments"] > 7 else " --batch 32"))
+    print(describe(out))
+    small = "" if meta["counts"]["treatments"] > 7 else " --batch 32"
+    print(f"done in {time.perf_counter() - begin:.1f} s; next: python train.py --data {args.out}{small}")
 
 
 if __name__ == "__main__":
