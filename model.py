@@ -439,8 +439,13 @@ def sample(G, n, seed=0, batch=256):
     """n free samples of a model with a latent space (VAE, GANs): (n, C, 68, 68) in 0..1 on the CPU; a prefix does not depend on n."""
     if G.takes == "features":
         raise InputError("this model draws cells from their measurements, not from noise; use generate")
-    z = torch.randn(n, G.latent, generator=torch.Generator().manual_seed(seed))
-    return torch.cat([G.decode(part.to(G.centre.device)).clamp(0, 1).cpu() for part in z.split(batch)])
+    return torch.cat([G.decode(part.to(G.centre.device)).clamp(0, 1).cpu() for part in noise(G, n, seed).split(batch)])
+
+
+def noise(G, n, seed=0):
+    """n standard normal vectors (n, G.latent) by the seed, row by row: the first few do not depend on n."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(G.latent, generator=random) for _ in range(n)])
 
 
 def table_values(G, table):

@@ -1547,10 +1547,11 @@ def test_baselines_repeat_and_resume(kind, folder_path, tmp_path):
     run_train(folder_path, tmp_path / "part", *flags, steps=2)
     assert equal_states(whole, run_train(folder_path, tmp_path / "part", *flags, "--resume", steps=3))
     log = pd.read_csv(tmp_path / "whole" / "log.csv")
-    assert np.isfinite(log[train.TERMS[kind]]).all(None) and log["val_pix"].notna().all() == (tmp_path / "whole/best.pt").is_file() == kind.startswith("vae")
+    assert np.isfinite(log[train.TERMS[kind]].to_numpy()).all()
+    assert log["val_pix"].notna().all() == (tmp_path / "whole/best.pt").is_file() == kind.startswith("vae")
     G = model.load(tmp_path / "whole/last.pt")
     x = model.sample(G, 5, 1)
-    assert x.shape == (5, 3, 68, 68) and torch.allclose(x[:3], model.sample(G, 3, 1), atol=1e-6) and not torch.allclose(x, model.sample(G, 5, 2))
+    assert x.shape == (5, 3, 68, 68) and torch.allclose(x[:3], model.sample(G, 3, 1), atol=1e-4) and not torch.allclose(x, model.sample(G, 5, 2))
     with pytest.raises(model.InputError, match=f"a {kind} draws from {G.takes}, not from measurements"):
         model.generate(G, pd.DataFrame())
     assert (model.load_metric(tmp_path / "whole/last.pt") is None) == (kind == "vae")
@@ -1600,19 +1601,21 @@ def test_vae_loss_by_hand(folder_path):
     f, x = train.load_batch(folder, folder.rows("train")[:4], "cell-max", "cpu")
     torch.manual_seed(0)
     G, _ = model.networks("vae", 28)
-    with torch.no_grad():
-        _, mean, log_var = G(x, torch.zeros(4, 256))
-    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (0.5 * log_var).exp()), torch.distributions.Normal(0, 1)).sum(1).mean()
+    gradients = []
     for beta in (0.0, 2.0):
         net = copy.deepcopy(G)
+        torch.manual_seed(1)  # the same draw of the latent
         kl, pix = train.vae_step(net, None, torch.optim.SGD(net.parameters(), lr=0.0), None, f, x, x, 0, beta=beta)
-        assert kl.item() == pytest.approx(expected.item(), rel=1e-5)
-        spread = net.bn3.bias.grad[256:].abs().sum()  # of the log variances: without KL only the pixels ask for them
-        found = spread if beta == 0 else (found, spread)
-    assert found[1] > 2 * found[0] and pix > 0
+        gradients.append(net.conv3.weight.grad)
+    _, mean, log_var = G(x, torch.zeros(4, 256))
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, (0.5 * log_var).exp()), normal(0, 1)).sum(1).mean()
+    assert kl.item() == pytest.approx(expected.item(), rel=1e-5) and pix > 0
+    of_kl, = torch.autograd.grad(expected, [G.conv3.weight])
+    assert torch.allclose(gradients[1] - gradients[0], 2 * of_kl, atol=1e-4 * gradients[1].abs().max())
 
 
-@pytest.mark.parametrize("kind", BASELINES)
+@pytest.mark.parametrize("kind", ["vae", "vaeplus", "lsgan", pytest.param("dcgan", marks=long), pytest.param("wgan", marks=long)])
 def test_baselines_learn(kind, folder_path, tmp_path):
     """A short run: the loss falls and free samples come closer to real cells (FD-CP5) than at the start and than noise, which has no cells."""
     folder = data.open_folder(folder_path)
