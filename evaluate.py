@@ -636,16 +636,16 @@ def contestants(G, folder, rows, some, seed, device):
 @torch.no_grad()
 def look(real, other, D, n, channels, device, engine="ours"):
     """A contestant's pictures of n cells, by batches: pixel and hidden loss from the real ones (n, 2), measurements (frame, float32)."""
-    losses, seen = [], None
+    losses, seen = np.empty((n, 2), np.float32), None  # filled, not gathered: small pieces between large ones keep the large from going
     for i in batches(n):
         x, y = real(i), other(i)
         h, h_other = ([m[:, None] for m in D(v.to(device))[1]] for v in (x, y))
         hidden = torch.vmap(lambda a, b: model.hidden_losses(a, b, x[0].numel()).sum())(h, h_other)  # cell by cell
-        losses.append(torch.stack([torch.vmap(model.pixel_loss)(x[:, None], y[:, None]), hidden.cpu()], 1).numpy())
+        losses[i] = torch.stack([torch.vmap(model.pixel_loss)(x[:, None], y[:, None]), hidden.cpu()], 1).numpy()
         values = measurements(y, channels, engine)
         seen = np.empty((n, values.shape[1]), np.float32) if seen is None else seen
         seen[i] = values
-    return np.concatenate(losses), pd.DataFrame(seen, columns=values.columns)
+    return losses, pd.DataFrame(seen, columns=values.columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
