@@ -10,6 +10,7 @@ FID needs the weights of its Inception network; without them the distances are b
 """
 import argparse
 import json
+import mmap
 import os
 import re
 import sys
@@ -35,6 +36,7 @@ INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_w
 INCEPTION_BYTES = 95_628_359
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
+BLOCK = 64  # columns of a table of measurements that are worked on at once: bounds the memory
 TRAIN_SAMPLE = 2000  # training cells, drawn by the seed, that give the mean image and the scale and components of FD-CP
 WELL_COLUMNS = ["plate", "well", "compound", "concentration", "moa"]
 RECORD = ["who", "quantity", "value", "low", "high", "n", "extractor"]
@@ -308,6 +310,11 @@ def robust_z(frame, space):
     return np.where(np.isnan(z), 0, z)
 
 
+def in_cp_space(frame, space):
+    """Components (N, d) of measurements (N rows) in the space of fit_cp_space, some rows at a time to save memory."""
+    return np.concatenate([(robust_z(frame[i], space) - space["mean"]) @ space["axes"].T for i in batches(max(len(frame), 1))])
+
+
 def fit_cp_space(train, d):
     """Robust z-scores of real training cells (frame, N rows) and their first d principal components, of fewer features all: FD-CP's space.
 
@@ -336,14 +343,19 @@ def fit_cp_space(train, d):
 def correlations(a, b, weights):
     """Pearson's r (R, F) of the columns of a and b (n, F) over the rows where both are finite; row i counts weights[:, i] times (R, n).
 
-    NaN below 3 pairs or without spread.
+    NaN below 3 pairs or without spread. Works on BLOCK columns at a time, in float64.
     """
-    both = np.isfinite(a) & np.isfinite(b)
-    pairs = weights @ both
-    a, b = ((v := np.where(both, x, 0)) - both * v.sum(0) / np.maximum(both.sum(0), 1) for x in (a, b))  # centred: rounding stays small
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cross, aa, bb = (weights @ (x * y) - (weights @ x) * (weights @ y) / pairs for x, y in ((a, b), (a, a), (b, b)))
-        return np.where((pairs >= 3) & (np.minimum(aa, bb) > 1e-18), cross / np.sqrt(aa * bb), np.nan)
+    r = np.empty((len(weights), a.shape[1]))
+    for j in batches(a.shape[1], BLOCK):
+        x, y = a[:, j].astype(np.float64), b[:, j].astype(np.float64)
+        both = (np.isfinite(x) & np.isfinite(y)).astype(np.float64)
+        pairs = weights @ both
+        x, y = (np.where(both, v, 0) for v in (x, y))
+        x, y = (v - both * v.sum(0) / np.maximum(both.sum(0), 1) for v in (x, y))  # centred: rounding stays small
+        with np.errstate(divide="ignore", invalid="ignore"):
+            cross, xx, yy = (weights @ (v * w) - (weights @ v) * (weights @ w) / pairs for v, w in ((x, y), (x, x), (y, y)))
+            r[:, j] = np.where((pairs >= 3) & (np.minimum(xx, yy) > 1e-18), cross / np.sqrt(xx * yy), np.nan)
+    return r
 
 
 def bootstrap(statistic, n, seed, draws=1000):
@@ -360,13 +372,11 @@ def bootstrap(statistic, n, seed, draws=1000):
 # Mechanism of action
 
 
-def well_profiles(cells, features):
-    """One row a well (WELL_COLUMNS, n_cells, features): the mean of its cells, missing values left out."""
+def well_profiles(cells, frame):
+    """One row a well (WELL_COLUMNS, n_cells, features): the mean of its cells' rows of `frame` (by index), missing ones left out."""
     wells = cells.groupby(WELL_COLUMNS, dropna=False)
-    table = wells.size().rename("n_cells").to_frame().join(wells[list(features)].mean()).reset_index()
-    if len(twice := table[table.duplicated(["plate", "well"])]):
-        raise InputError(f"plate {twice['plate'].iloc[0]} well {twice['well'].iloc[0]}: more than one treatment")
-    return table
+    means = [frame.iloc[:, j].astype(np.float64).groupby(wells.ngroup()).mean() for j in batches(frame.shape[1], BLOCK)]
+    return pd.concat([wells.size().rename("n_cells").reset_index(), *means], axis=1)
 
 
 def normalise_plates(x, plates, is_dmso, how="z"):
@@ -446,6 +456,8 @@ def nsc(profiles, compounds, moas, batches=None, seed=0, draws=1000):
 def score_profiles(wells, features, normalise="z", average="mean", seed=0):
     """{"NSC", "NSCB": what nsc returns, or {"absent": reason}} of well profiles (WELL_COLUMNS and `features`), plates normalised first."""
     features, result = list(features), {}
+    if len(twice := wells[wells.duplicated(["plate", "well"])]):
+        raise InputError(f"plate {twice['plate'].iloc[0]} well {twice['well'].iloc[0]}: more than one treatment")
     x = normalise_plates(wells[features], wells["plate"], wells["compound"] == "DMSO", normalise)
     t = treatment_profiles(pd.concat([wells[WELL_COLUMNS], pd.DataFrame(x, wells.index, features)], axis=1), features, average)
     for name, weeks in (("NSC", None), ("NSCB", t["batches"])):
@@ -507,23 +519,28 @@ def feature_table(real, fake, given, treatment, channels, image_norm):
     r and spearman over all cells, r within treatments (their means taken off; treatments of one cell left out), r of generated and of real
     cells with the input where names match. `relative`: intensities in units of the cell's own maximum, where image_norm is cell-max.
     """
-    both = real.notna() & fake.notna()
-    real, fake = real.where(both), fake.where(both)
+    groups = [np.flatnonzero(treatment == t) for t in np.unique(treatment)]
 
     def within(frame):
-        groups = frame.groupby(treatment)
-        return (frame - groups.transform("mean")).where(groups.transform("count") > 1)
+        x = frame.to_numpy(copy=True)
+        for i in groups:
+            n = np.isfinite(x[i]).sum(0)
+            x[i] = np.where(n > 1, x[i] - np.nansum(x[i], 0) / np.maximum(n, 1), np.nan)
+        return x
 
     def r(a, b):
-        return correlations(a.to_numpy(np.float64), b.to_numpy(np.float64), np.ones((1, len(a))))[0]
+        return correlations(np.asarray(a, np.float64), np.asarray(b, np.float64), np.ones((1, len(a))))[0]
 
-    given = given.reindex(columns=real.columns)
-    parts = real.columns.str.split("_")
-    table = pd.DataFrame({"compartment": parts.str[0], "family": parts.str[1],
-                          "channel": ["+".join(p for p in name if p in channels) or "-" for name in parts],
-                          "r": r(real, fake), "spearman": r(real.rank(), fake.rank()), "r within treatments": r(within(real), within(fake)),
-                          "r of generated with input": r(given, fake), "r of real with input": r(given, real), "n": both.sum().to_numpy()},
-                         index=real.columns)
+    def rows(names):  # a block of columns: the ranks and means of all of them would be gigabytes
+        a, b, f = real[names].astype(np.float64), fake[names].astype(np.float64), given.reindex(columns=names)
+        both, parts = a.notna() & b.notna(), names.str.split("_")
+        a, b = a.where(both), b.where(both)
+        return pd.DataFrame({"compartment": parts.str[0], "family": parts.str[1],
+                             "channel": ["+".join(p for p in name if p in channels) or "-" for name in parts],
+                             "r": r(a, b), "spearman": r(a.rank(), b.rank()), "r within treatments": r(within(a), within(b)),
+                             "r of generated with input": r(f, b), "r of real with input": r(f, a), "n": both.sum()}, index=names)
+
+    table = pd.concat([rows(real.columns[j]) for j in batches(real.shape[1], BLOCK)])
     table["relative"] = (image_norm == "cell-max") & (table["family"] == "Intensity") & ~real.columns.str.contains("MassDisplacement")
     return table.sort_values("r", ascending=False, kind="stable").rename_axis("feature")
 
@@ -576,7 +593,10 @@ def features_of(folder, rows):
 
 
 def images_of(folder, rows, G):
-    return data.scale_images(folder.images(rows), G.image_norm, G.white)
+    x = folder.images(rows)
+    if hasattr(folder.patches.base, "madvise"):  # lets the file's pages go, which else count as this process's memory once read
+        folder.patches.base.madvise(mmap.MADV_DONTNEED)
+    return data.scale_images(x, G.image_norm, G.white)
 
 
 @torch.no_grad()
@@ -614,42 +634,38 @@ def contestants(G, folder, rows, some, seed, device):
 
 
 @torch.no_grad()
-def look(draw, D, n, channels, device, engine="ours"):
-    """Every contestant's pictures of n cells, by batches: pixel and hidden loss of each cell {name: (n, 2)}, measurements {name: frame}."""
-    losses, seen = {name: [] for name in draw}, {name: [] for name in draw}
+def look(real, other, D, n, channels, device, engine="ours"):
+    """A contestant's pictures of n cells, by batches: pixel and hidden loss from the real ones (n, 2), measurements (frame, float32)."""
+    losses, seen = np.empty((n, 2), np.float32), None  # filled, not gathered: small pieces between large ones keep the large from going
     for i in batches(n):
-        x = draw["real"](i)
-        h = [m[:, None] for m in D(x.to(device))[1]]
-        for name in draw:
-            other = draw[name](i)
-            h_other = [m[:, None] for m in D(other.to(device))[1]]
-            hidden = torch.vmap(lambda a, b: model.hidden_losses(a, b, x[0].numel()).sum())(h, h_other)  # cell by cell
-            losses[name].append(torch.stack([torch.vmap(model.pixel_loss)(x[:, None], other[:, None]), hidden.cpu()], 1).numpy())
-            seen[name].append(measurements(other, channels, engine))
-    return {k: np.concatenate(v) for k, v in losses.items()}, {k: pd.concat(v, ignore_index=True) for k, v in seen.items()}
+        x, y = real(i), other(i)
+        h, h_other = ([m[:, None] for m in D(v.to(device))[1]] for v in (x, y))
+        hidden = torch.vmap(lambda a, b: model.hidden_losses(a, b, x[0].numel()).sum())(h, h_other)  # cell by cell
+        losses[i] = torch.stack([torch.vmap(model.pixel_loss)(x[:, None], y[:, None]), hidden.cpu()], 1).numpy()
+        values = measurements(y, channels, engine)
+        seen = np.empty((n, values.shape[1]), np.float32) if seen is None else seen
+        seen[i] = values
+    return losses, pd.DataFrame(seen, columns=values.columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tables: lists of RECORDs, and {what is absent: why}
 
 
-def paired_records(losses, seen, seed):
-    """How near each contestant's picture comes to the real one of the same cell: losses, and Pearson's r of every measurement."""
-    records, real = [], seen["real"].to_numpy()
-    names = ["pixel loss", "hidden loss", "nucleus found", "share r > 0.5", *(f"r {name}" for name in seen["real"])]
-    extractor = ["pixels", "discriminator", *["measurements"] * (len(names) - 2)]
-    for who, frame in seen.items():
-        other, n = frame.to_numpy(), len(frame)
-        found = np.isfinite(other).any(1)
+def paired_records(who, losses, real, other, seed):
+    """How near a contestant's picture comes to the real one of the same cell: losses, and Pearson's r of every measurement."""
+    names = ["pixel loss", "hidden loss", "nucleus found", "share r > 0.5", *(f"r {name}" for name in real)]
+    extractor, n = ["pixels", "discriminator", *["measurements"] * (len(names) - 2)], len(real)
+    real, other = real.to_numpy(), other.to_numpy()
+    found = np.isfinite(other).any(1)
 
-        def statistic(weights):
-            r = correlations(real, other, weights)
-            return np.column_stack([weights @ losses[who] / n, weights @ found / n, (r > 0.5).mean(1), r])  # undefined r stay in the share
+    def statistic(weights):
+        r = correlations(real, other, weights)
+        return np.column_stack([weights @ losses / n, weights @ found / n, (r > 0.5).mean(1), r])  # undefined r stay in the share
 
-        value, interval = statistic(np.ones((1, n)))[0], bootstrap(statistic, n, seed)
-        counts = [n, n, n, n, *(np.isfinite(real) & np.isfinite(other)).sum(0)]
-        records += zip([who] * len(names), names, value, *interval, counts, extractor)
-    return records
+    value, interval = statistic(np.ones((1, n)))[0], bootstrap(statistic, n, seed)
+    counts = [n, n, n, n, *(np.isfinite(real) & np.isfinite(other)).sum(0)]
+    return list(zip([who] * len(names), names, value, *interval, counts, extractor))
 
 
 def distance_records(features, draw, frechet, suffix, extractor, subset, seed):
@@ -692,49 +708,68 @@ def moa_records(who, scores):
 def judge(G, D, folder, rows, seed, device, net=None, subset=None, engine="ours"):
     """Everything about one generator on the cells `rows` (see choose_cells).
 
-    Returns the table of RECORDs, {what is absent: why}, treatments, notes, and (feature_table, real and generated measurements).
+    Returns the table of RECORDs, {what is absent: why}, treatments, notes, and (feature_table, its six best columns, real and generated).
+    Beside the measurements of the real cells those of one contestant are held at a time: 170 MB each for 48,800 cells.
     """
     some = np.random.default_rng([seed, 2]).permutation(by_name(folder, folder.rows("train")))[:TRAIN_SAMPLE]
-    draw = contestants(G, folder, rows, some, seed, device)
-    losses, seen = look(draw, D, len(rows), folder.channels, device, engine)
-    given = pd.DataFrame(folder.raw[rows], columns=folder.features)
-    survived = feature_table(seen["real"], seen["generated"], given, folder.treatment[rows], folder.channels, G.image_norm)
-    found = {who: frame.notna().any(axis=1) for who, frame in seen.items()}
-    half, results, notes = len(rows) // 2, [(paired_records(losses, seen, seed), {})], {}
+    draw, half = contestants(G, folder, rows, some, seed, device), len(rows) // 2
+    if half >= 20:
+        known = [measurements(images_of(folder, some[i], G), folder.channels, engine) for i in batches(len(some))]
+        known = pd.concat(known).dropna(how="all")
+        space = fit_cp_space(known, min(30, half // 20))
+
+    cells, given = folder.cells[WELL_COLUMNS].iloc[rows].reset_index(drop=True), pd.DataFrame(folder.raw[rows], columns=folder.features)
+    wells, paired, points, absent, real = {"input CP vectors": well_profiles(cells, given).drop(columns="n_cells")}, [], {}, {}, None
+    for who in draw:
+        losses, seen = look(draw["real"], draw[who], D, len(rows), folder.channels, device, engine)
+        real = seen if real is None else real
+        found = seen.notna().any(axis=1)
+        paired += paired_records(who, losses, real, seen, seed)
+        usual = seen.columns[seen.notna().sum() / found.sum() >= 0.95]  # some measurements are never defined
+        wells[who] = well_profiles(cells[found], seen)[[*WELL_COLUMNS, *usual]]
+        if who == "generated":
+            features = feature_table(real, seen, given, folder.treatment[rows], folder.channels, G.image_norm)
+            survived = features, real[features.index[:6]], seen[features.index[:6]]
+        try:
+            points[who] = [in_cp_space(seen[i][found[i]], space) for i in (slice(half), slice(half, 2 * half)) if half >= 20]
+        except InputError as error:  # an infinite value
+            if who == "real":
+                raise
+            absent[f"FD-CP of {who}"] = str(error)
+        del seen  # before the next is measured
+    del real, given
+
+    results, treatments, left_out, notes = [(paired, absent)], [], {}, {}
     if half < 20:
         results.append(([], {"FID, FD-CP and their relatives": f"{half} cells on each side, 20 are needed"}))
     else:
-        known = pd.concat([measurements(images_of(folder, some[i], G), folder.channels, engine) for i in batches(len(some))]).dropna(how="all")
-        space = fit_cp_space(known, min(30, half // 20))
-
-        def in_cp_space(who, side):
-            cells = slice(side * half, (side + 1) * half)
-            return (robust_z(seen[who][cells][found[who][cells]], space) - space["mean"]) @ space["axes"].T
-
         def in_inception(who, side, pick):
             pictures = (model.to_uint8(draw[who](i)).numpy()[:, pick] for i in batches((side + 1) * half, start=side * half))
             return np.concatenate([inception_features(net, x) for x in pictures])
 
-        results.append(distance_records(in_cp_space, draw, "FD", f"-CP{len(space['axes'])}", "measurements", subset, seed))
+        results.append(distance_records(lambda who, side: points[who][side], points, "FD", f"-CP{len(space['axes'])}", "measurements",
+                                        subset, seed))
         views = {f" {c}": [k, k, k] for k, c in enumerate(folder.channels)} | ({"": [0, 1, 2]} if len(folder.channels) == 3 else {})
         for suffix, pick in views.items() if net else []:
             results.append(distance_records(partial(in_inception, pick=pick), draw, "FID", suffix, "inception", subset, seed))
-        notes = {"cells a side": half, "reference cells measured": int(found["real"][:half].sum()),
+        notes = {"cells a side": half, "reference cells measured": len(points["real"][0]),
                  "training cells measured": f"{len(known)} of {len(some)}", "measurements": list(known), "dropped": space["dropped"]}
-    cells, treatments = folder.cells[WELL_COLUMNS].iloc[rows].reset_index(drop=True), []
-    for who, frame in {"input CP vectors": given, **seen}.items():
+    for who, table in wells.items():
+        table = table.dropna()
+        scaled = (table["compound"] == "DMSO").groupby(table["plate"]).transform("sum") >= 2
+        if scaled.any() and not scaled.all():  # with none, the reason of score_profiles
+            left_out[who] = {"wells": int((~scaled).sum()), "plates": sorted(set(table["plate"][~scaled]))}
+            table = table[scaled]
         try:
-            there = found.get(who, slice(None))
-            frame = frame.loc[:, frame[there].notna().mean() >= 0.95]  # some measurements are never defined
-            wells = well_profiles(pd.concat([cells, frame], axis=1)[there], frame.columns)
-            scores = score_profiles(wells.dropna(), frame.columns, seed=seed)
+            scores = score_profiles(table, table.columns.drop(WELL_COLUMNS), seed=seed)
         except InputError as error:
             scores = dict.fromkeys(("NSC", "NSCB"), {"absent": str(error)})
         *result, more = moa_records(who, scores)
         results.append(result)
         treatments += more
+    notes["left out of NSC"] = left_out
     records, absent = sum((list(r) for r, _ in results), []), {k: v for _, why in results for k, v in why.items()}
-    return pd.DataFrame(records, columns=RECORD), absent, treatments, notes, (survived, seen["real"], seen["generated"])
+    return pd.DataFrame(records, columns=RECORD), absent, treatments, notes, survived
 
 
 def compare_runs(labels, tables, kinds):
@@ -934,6 +969,9 @@ def main(argv=None):
                  "floor": "the distances of real: real cells of the judged half from those of the reference half", **notes}
         print(f"{checkpoint} at step {G.step}, {len(rows)} {args.split} cells of {args.data}, {len(rows) // 2} on each side of a distance; "
               "r = Pearson against the real cell")
+        if left := notes["left out of NSC"]:
+            print("left out of NSC, on plates with fewer than two DMSO wells: "
+                  + "; ".join(f"{who} {v['wells']} wells ({', '.join(v['plates'])})" for who, v in left.items()))
         write_results(out / f"{name}-seed{settings['seed']}" if args.runs else out, about, table, no_fid | absent, treatments, survived)
         print_features(survived[0])
         print_report(table, no_fid | absent)
