@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import urllib.request
+import zlib
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -40,11 +41,14 @@ BLOCK = 64  # columns of a table of measurements that are worked on at once: bou
 TRAIN_SAMPLE = 2000  # training cells, drawn by the seed, that give the mean image and the scale and components of FD-CP
 WELL_COLUMNS = ["plate", "well", "compound", "concentration", "moa"]
 RECORD = ["who", "quantity", "value", "low", "high", "n", "extractor"]
-PUBLISHED = {  # on BBBC021; N, reference set and tool are not stated there (MIDL 2023, Table 1 and 4.2; CytoGAN's Table 1)
+BARE = "representation, not normalised"  # as CytoGAN scores them; "representation" is scaled by each plate's DMSO wells
+PUBLISHED = {  # on BBBC021; N, reference set and tool are not stated there (MIDL 2023, Table 1 and 4.2; NSC: CytoGAN's Table 1, VAEplus' paper)
     "cp2image": {"FID": "68.42 ± 1.9", "share r > 0.5": "over 0.30"}, "vae": {"FID": "351.96 ± 5.3"},
-    "vaeplus": {"FID": "27.98 ± 3.8", "NSC": "0.90"}, "lsgan": {"FID": "24.79 ± 2.0", "NSC": "0.43"},
-    "dcgan": {"NSC": "0.45"}, "wgan": {"NSC": "0.63"}}
-HEADLINES = r"pixel loss|nucleus found|share r > 0.5|(FID|KID|FD-CP\d+|KID-CP\d+|precision|recall)(-CP\d+)?|NSCB?"
+    "vaeplus": {"FID": "27.98 ± 3.8"}, "lsgan": {"FID": "24.79 ± 2.0"}, f"vae {BARE}": {"NSC": "0.49"}, f"vaeplus {BARE}": {"NSC": "0.90"},
+    f"lsgan {BARE}": {"NSC": "0.43"}, f"dcgan {BARE}": {"NSC": "0.45"}, f"wgan {BARE}": {"NSC": "0.63"},
+    "input CP vectors": {"NSC": "0.90 (deep transfer learning: 0.91, 0.96)"}}
+TABLES = {"Table 1 of CP2Image": r"pixel loss|nucleus found|share r > 0.5|(FID|KID|FD-CP\d+|KID-CP\d+|precision|recall)(-CP\d+)?",
+          "Table 1 of CytoGAN": "NSCB?"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -510,7 +514,7 @@ def measurements(x, channels, engine="ours"):
         raise InputError(f"channels {', '.join(channels)}: segmenting needs three, the nucleus first")
     x = np.asarray(x, np.float32)
     names, values = ENGINES[engine](x, segment(x), channels)
-    return pd.DataFrame(values, columns=names)[data.sort_columns(names)[0]]
+    return pd.DataFrame(np.where(np.isfinite(values), values, np.nan), columns=names)[data.sort_columns(names)[0]]
 
 
 def feature_table(real, fake, given, treatment, channels, image_norm):
@@ -600,9 +604,29 @@ def images_of(folder, rows, G):
 
 
 @torch.no_grad()
-def generated(G, folder, rows, device):
-    """G's pictures of the given cells from their measurements: (N, C, 68, 68) in 0..1, on the CPU."""
-    return G(features_of(folder, rows).to(device)).clamp(0, 1).cpu()
+def generated(G, folder, rows, device, z=None):
+    """What G draws of the given cells, by what it takes: their measurements, their pictures, or noise z (N, latent), then free samples.
+
+    (N, C, 68, 68) in 0..1, on the CPU.
+    """
+    z = z if z is None else z.to(device)
+    return model.draw(G, features_of(folder, rows).to(device), images_of(folder, rows, G).to(device), z).clamp(0, 1).cpu()
+
+
+@torch.no_grad()
+def represented(G, D, folder, rows, device, test_noise=True):
+    """What a baseline knows of the given cells (frame): a VAE's latent means, the activations of a GAN's discriminator before its last
+    layer, with the noise on the pictures (its own for each cell) that CytoGAN's code leaves on at test time."""
+    found = []
+    for i in batches(len(rows)):
+        x = images_of(folder, rows[i], G).to(device)
+        if G.takes == "images":
+            found.append(G.encode(x)[0].cpu())
+            continue
+        names = folder.cells["cell"].iloc[rows[i]]
+        noise = [torch.randn(x[0].shape, generator=torch.Generator().manual_seed(zlib.crc32(n.encode()))) for n in names]
+        found.append(D.profile(x, torch.stack(noise).to(device) * test_noise).cpu())
+    return pd.DataFrame(torch.cat(found).numpy()).add_prefix("z")
 
 
 def nearest_training_cell(folder, rows, train):
@@ -624,9 +648,12 @@ def contestants(G, folder, rows, some, seed, device):
     nearest = nearest_training_cell(folder, rows, train)
     random = np.random.default_rng([seed, 1]).choice(train, len(rows))
     mean = sum(images_of(folder, some[i], G).sum(0) for i in batches(len(some))) / len(some)
+    z = None if G.takes == "features" else model.noise(G, len(rows), seed)
+    free = {"free samples": lambda i: G.decode(z[i].to(device)).clamp(0, 1).cpu()} if G.takes == "images" else {}
     return {
         "real": lambda i: images_of(folder, rows[i], G),
-        "generated": lambda i: generated(G, folder, rows[i], device),
+        "generated": lambda i: generated(G, folder, rows[i], device, None if z is None else z[i]),
+        **free,
         "nearest training cell": lambda i: images_of(folder, nearest[i], G),
         "random training cell": lambda i: images_of(folder, random[i], G),
         "mean training image": lambda i: mean.expand(len(rows[i]), -1, -1, -1),
@@ -635,12 +662,14 @@ def contestants(G, folder, rows, some, seed, device):
 
 @torch.no_grad()
 def look(real, other, D, n, channels, device, engine="ours"):
-    """A contestant's pictures of n cells, by batches: pixel and hidden loss from the real ones (n, 2), measurements (frame, float32)."""
+    """A contestant's pictures of n cells, by batches: pixel and hidden loss from the real ones (n, 2; NaN where D is no learned metric),
+    and measurements (frame, float32)."""
     losses, seen = np.empty((n, 2), np.float32), None  # filled, not gathered: small pieces between large ones keep the large from going
     for i in batches(n):
-        x, y = real(i), other(i)
-        h, h_other = ([m[:, None] for m in D(v.to(device))[1]] for v in (x, y))
-        hidden = torch.vmap(lambda a, b: model.hidden_losses(a, b, x[0].numel()).sum())(h, h_other)  # cell by cell
+        x, y, hidden = real(i), other(i), torch.full((i.stop - i.start,), torch.nan)
+        if isinstance(D, model.Discriminator):
+            h, h_other = ([m[:, None] for m in D(v.to(device))[1]] for v in (x, y))
+            hidden = torch.vmap(lambda a, b: model.hidden_losses(a, b, x[0].numel()).sum())(h, h_other)  # cell by cell
         losses[i] = torch.stack([torch.vmap(model.pixel_loss)(x[:, None], y[:, None]), hidden.cpu()], 1).numpy()
         values = measurements(y, channels, engine)
         seen = np.empty((n, values.shape[1]), np.float32) if seen is None else seen
@@ -705,10 +734,11 @@ def moa_records(who, scores):
     return records, absent, treatments
 
 
-def judge(G, D, folder, rows, seed, device, net=None, subset=None, engine="ours"):
+def judge(G, D, folder, rows, seed, device, net=None, subset=None, engine="ours", test_noise=True):
     """Everything about one generator on the cells `rows` (see choose_cells).
 
-    Returns the table of RECORDs, {what is absent: why}, treatments, notes, and (feature_table, its six best columns, real and generated).
+    Returns the table of RECORDs, {what is absent: why}, treatments, notes, and (feature_table, its six best columns, real and generated),
+    which a GAN does not have: its free samples are not of these cells.
     Beside the measurements of the real cells those of one contestant are held at a time: 170 MB each for 48,800 cells.
     """
     some = np.random.default_rng([seed, 2]).permutation(by_name(folder, folder.rows("train")))[:TRAIN_SAMPLE]
@@ -719,15 +749,22 @@ def judge(G, D, folder, rows, seed, device, net=None, subset=None, engine="ours"
         space = fit_cp_space(known, min(30, half // 20))
 
     cells, given = folder.cells[WELL_COLUMNS].iloc[rows].reset_index(drop=True), pd.DataFrame(folder.raw[rows], columns=folder.features)
-    wells, paired, points, absent, real = {"input CP vectors": well_profiles(cells, given).drop(columns="n_cells")}, [], {}, {}, None
+    wells, paired, points, absent = {"input CP vectors": well_profiles(cells, given).drop(columns="n_cells")}, [], {}, {}
+    if G.takes != "features":
+        wells["representation"] = well_profiles(cells, represented(G, D, folder, rows, device, test_noise)).drop(columns="n_cells")
+        wells[BARE] = wells["representation"]
+    real = survived = None
     for who in draw:
         losses, seen = look(draw["real"], draw[who], D, len(rows), folder.channels, device, engine)
         real = seen if real is None else real
         found = seen.notna().any(axis=1)
-        paired += paired_records(who, losses, real, seen, seed)
+        records, is_free = paired_records(who, losses, real, seen, seed), who == "free samples" or who == "generated" and G.takes == "noise"
+        paired += [r for r in records if r[1] == "nucleus found"] if is_free else records
         usual = seen.columns[seen.notna().sum() / found.sum() >= 0.95]  # some measurements are never defined
         wells[who] = well_profiles(cells[found], seen)[[*WELL_COLUMNS, *usual]]
-        if who == "generated":
+        if is_free:
+            absent[f"pairs of {who}"] = "free samples are of no particular cell"
+        elif who == "generated":
             features = feature_table(real, seen, given, folder.treatment[rows], folder.channels, G.image_norm)
             survived = features, real[features.index[:6]], seen[features.index[:6]]
         try:
@@ -755,13 +792,13 @@ def judge(G, D, folder, rows, seed, device, net=None, subset=None, engine="ours"
         notes = {"cells a side": half, "reference cells measured": len(points["real"][0]),
                  "training cells measured": f"{len(known)} of {len(some)}", "measurements": list(known), "dropped": space["dropped"]}
     for who, table in wells.items():
-        table = table.dropna()
+        table, how = table.dropna(), "none" if who == BARE else "z"
         scaled = (table["compound"] == "DMSO").groupby(table["plate"]).transform("sum") >= 2
-        if scaled.any() and not scaled.all():  # with none, the reason of score_profiles
+        if how == "z" and scaled.any() and not scaled.all():  # with none, the reason of score_profiles
             left_out[who] = {"wells": int((~scaled).sum()), "plates": sorted(set(table["plate"][~scaled]))}
             table = table[scaled]
         try:
-            scores = score_profiles(table, table.columns.drop(WELL_COLUMNS), seed=seed)
+            scores = score_profiles(table, table.columns.drop(WELL_COLUMNS), how, seed=seed)
         except InputError as error:
             scores = dict.fromkeys(("NSC", "NSCB"), {"absent": str(error)})
         *result, more = moa_records(who, scores)
@@ -777,18 +814,25 @@ def compare_runs(labels, tables, kinds):
 
     kinds: {label: the model's name in PUBLISHED}. The baselines are those of the first run.
     """
-    parts = [t[t["who"] == "generated"].assign(who=label) for label, t in zip(labels, tables)]
-    long = pd.concat([*parts, tables[0][tables[0]["who"] != "generated"]]).groupby(["who", "quantity"], sort=False)["value"].agg(
+    own = ("generated", "free samples", "representation", BARE)
+    name = lambda label: lambda who: label if who == "generated" else f"{label} {who}"
+    parts = [t[t["who"].isin(own)].assign(who=lambda f: f["who"].map(name(label))) for label, t in zip(labels, tables)]
+    long = pd.concat([*parts, tables[0][~tables[0]["who"].isin(own)]]).groupby(["who", "quantity"], sort=False)["value"].agg(
         mean="mean", sd="std", runs="count", values=lambda v: " ".join(f"{x:.6g}" for x in v)).reset_index()
-    published = {who: PUBLISHED.get(kinds.get(who), {}) for who in long["who"]}
+    kind_of = {name(label)(what): name(kind)(what) for label, kind in kinds.items() for what in own}
+    published = {who: PUBLISHED.get(kind_of.get(who, who), {}) for who in long["who"]}
     long["paper, not comparable"] = [published[who].get(quantity, "") for who, quantity in zip(long["who"], long["quantity"])]
     text = [f"{m:.4g}" + (f" ± {s:.2g}" if np.isfinite(s) else "") if np.isfinite(m) else "-" for m, s in zip(long["mean"], long["sd"])]
-    wide = long.assign(text=text)[long["quantity"].str.fullmatch(HEADLINES)].pivot(index="who", columns="quantity", values="text")
-    wide = wide.reindex(index=long["who"].unique(), columns=[q for q in long["quantity"].unique() if q in wide]).fillna("-")
-    wide.insert(0, "runs", long.groupby("who")["runs"].max())
-    wide["paper, not comparable"] = ["; ".join(f"{k} {v}" for k, v in published[who].items()) for who in wide.index]
-    lines = [["model", *wide.columns], ["---"] * (wide.shape[1] + 1), *wide.reset_index().to_numpy()]
-    return long, "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    lines = []
+    for title, pattern in TABLES.items():
+        some = long.assign(text=text)[long["quantity"].str.fullmatch(pattern)]
+        wide = some.pivot(index="who", columns="quantity", values="text")
+        wide = wide.reindex(index=some["who"].unique(), columns=some["quantity"].unique()).fillna("-")
+        wide.insert(0, "runs", long.groupby("who")["runs"].max())
+        wide["paper, not comparable"] = ["; ".join(f"{k} {v}" for k, v in published[who].items() if re.fullmatch(pattern, k)) for who in wide.index]
+        table = [["model", *wide.columns], ["---"] * (wide.shape[1] + 1), *wide.reset_index().to_numpy()]
+        lines += [f"{title}, from these runs:\n\n", *(f"| {' | '.join(map(str, line))} |\n" for line in table), "\n"]
+    return long, "".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -879,6 +923,8 @@ def print_report(table, absent):
     print(shown.to_string(float_format=lambda v: f"{v:.4f}" if abs(v) < 10 else f"{v:.1f}", na_rep="-"))
     for reason in dict.fromkeys(absent.values()):
         print(f"absent: {', '.join(k for k, v in absent.items() if v == reason)}: {reason}")
+    if "pixel loss" not in wide.index or pd.isna(wide["generated"]["pixel loss"]):
+        return print("the generator draws free samples: no cell to hold each against; see the distances")
     ahead = wide["generated"] - wide["nearest training cell"]
     ahead["pixel loss"] *= -1
     lost = [q for q in ["pixel loss", *wide.index[pearson]] if not ahead[q] > 0]
@@ -931,6 +977,7 @@ def parse(argv):
     add("--inception", metavar="FILE", help="pytorch-fid's weights, or the word download: FID and KID too (default: FD-CP and KID-CP only)")
     add("--subset", type=int, metavar="CELLS", help="cells in each of KID's 100 subsets (default 1000, or half of the cells)")
     add("--engine", choices=list(ENGINES), default="ours", help="who measures the pictures: ours, or the package cp_measure (default ours)")
+    add("--test-noise", choices=["on", "off"], default="on", help="GANs: noise on the pictures that are represented, as CytoGAN's code (default on)")
     add("--grid", type=int, default=13, metavar="N", help="cells in grid.png, originals above one row a model (default 13)")
     add("--image-csv", metavar="FILE", help="with --profiles: BBBC021_v1_image.csv, which compound each well has")
     add("--moa", metavar="FILE", help="with --profiles: BBBC021_v1_moa.csv, the mechanism of each treatment")
@@ -962,7 +1009,8 @@ def main(argv=None):
 
     tables, kinds, pictures = [], {}, {"original": images_of(folder, rows[:args.grid], opened[0][0])}
     for G, D, settings, checkpoint, name in opened:
-        table, absent, treatments, notes, survived = judge(G, D, folder, rows, args.seed, device, net, args.subset, args.engine)
+        table, absent, treatments, notes, survived = judge(G, D, folder, rows, args.seed, device, net, args.subset, args.engine,
+                                                           args.test_noise == "on")
         about = {"data": str(args.data), "checkpoint": str(checkpoint), "step": G.step, "settings": settings, "split": args.split,
                  "seed": args.seed, "cells": len(rows), "channels": folder.channels, "inception": INCEPTION_SHA256 if net else None, "engine": args.engine,
                  "interval": "95 %, 1000 bootstrap draws of cells; NSC: of compounds; permuted labels: ± sd",
@@ -973,11 +1021,13 @@ def main(argv=None):
             print("left out of NSC, on plates with fewer than two DMSO wells: "
                   + "; ".join(f"{who} {v['wells']} wells ({', '.join(v['plates'])})" for who, v in left.items()))
         write_results(out / f"{name}-seed{settings['seed']}" if args.runs else out, about, table, no_fid | absent, treatments, survived)
-        print_features(survived[0])
+        if survived:
+            print_features(survived[0])
         print_report(table, no_fid | absent)
         tables.append(table)
         kinds[name] = settings["model"]
-        pictures.setdefault(name, generated(G, folder, rows[:args.grid], device))
+        z = None if G.takes == "features" else model.noise(G, len(rows[:args.grid]), args.seed)
+        pictures.setdefault(name if G.takes != "noise" else f"{name}, free samples", generated(G, folder, rows[:args.grid], device, z))
 
     Image.fromarray(data.tile([data.composite(x) for x in pictures.values()])).save(out / "grid.png")
     shown = folder.cells["cell"].iloc[rows[:args.grid]].tolist()
