@@ -2,6 +2,7 @@
 
     python interpolate.py sweep --data out/ --run runs/cp2image-seed0 --feature Nuclei_AreaShape_Area --html cell.html
     python interpolate.py {sweep --fig4c, moa, dose, walk, algebra, controllability, coupling} --data out/ --run runs/cp2image-seed0
+    python interpolate.py {walk, algebra, latents} --data out/ --run runs/lsgan-seed0       # or a VAE: in its latent space
 
 Reads a prepared folder and a run. Writes OUT/<figure>.png, .json and .csv (equal calls, equal bytes), with --gif OUT/<figure>.gif, with
 --html FILE one page with a slider per edited feature that any browser opens offline. Cost: 50 pictures/s with 860 features on one CPU core.
@@ -35,6 +36,7 @@ from prepare_bbbc021 import measure, segment
 FIG4C = ["Nuclei_AreaShape_Area", "Nuclei_AreaShape_Orientation", "Nuclei_Intensity_MeanIntensity_DAPI", "Cytoplasm_AreaShape_Area"]
 BLOCK = 50  # dimensions replaced at once in Fig 5a (paper)
 REFERENCE = 20_000  # training cells at most that stand for the data: bounds the memory
+NOISE, FRESH = 500, 2_000  # noise vectors that serve as a GAN's cells, and more that stand for its data
 GROUP = 200  # cells at most of a concentration in Fig 5b: DMSO would be most of the principal axes
 PAGE = 1300  # pictures at most in a page
 ALIKE = 0.05  # sd: a measurement that halving the brightness moves by more depends on it
@@ -100,9 +102,16 @@ def replaced(a, b, block=BLOCK):
 
 
 def line(a, b, steps):
-    """Points (steps, F) on the line from a to b (F,), ends included: CP vectors, or a baseline's noise vectors."""
+    """Points (steps, F) on the line from a to b (F,), ends included: CP vectors, encodings or noise vectors."""
     t = np.linspace(0, 1, steps)[:, None]
     return a * (1 - t) + b * t
+
+
+def rank_latents(z, steps=9, reach=2):
+    """Of latent vectors z (n, F): mean |z| (F,), the dimensions by it (F,), ties to the lower, and the values (F, steps) of a walk along
+    each, from -reach to reach of its sd (ddof 0) about 0. Source: Donovan-Maiye et al. 2022."""
+    size = np.abs(z).mean(0)
+    return size, np.argsort(-size, kind="stable"), z.std(0)[:, None] * np.linspace(-reach, reach, steps)
 
 
 def cosine(a, b):
@@ -379,12 +388,14 @@ def open_lab(G, folder, split, seed, device, table=None):
 
     raw(rows) (n, F); scaling(rows) centre, scale (n, F); z(rows) (n, F) standardised; paint(z), images(rows) -> pictures in 0..1;
     look(pictures) -> (n, F) measured again; known(places): values of the cells that stand for the data, those of training or, without a
-    folder, the table's; reference: of REFERENCE of them at most.
+    folder, the table's; reference: of REFERENCE of them at most. Of a VAE or GAN the z are latent vectors (open_latents).
     """
     lab = {"features": G.features, "channels": G.channels, "dropped": folder.meta["dropped"] if folder else {}, "seed": seed, "images": None}
     wide = lambda values, rows: np.array(np.broadcast_to(values, (len(rows), len(G.features))))
-    lab["paint"] = lambda z: torch.cat([G(part.to(device)).clamp(0, 1).cpu() for part in torch.tensor(z).float().split(256)])
+    draw = G if G.takes == "features" else G.decode
+    lab["paint"] = lambda z: torch.cat([draw(part.to(device)).clamp(0, 1).cpu() for part in torch.tensor(z).float().split(256)])
     lab["look"] = functools.partial(measured, features=G.features, channels=G.channels, white=G.white, device=device)
+    lab["z"] = lambda rows: standardised(lab["raw"](rows), *lab["scaling"](rows))
     if folder:
         train = pick_some(folder.rows("train"), None, REFERENCE, seed)
         lab["cells"], lab["rows"] = folder.cells, np.flatnonzero(folder.cells["split"] != "reference") if split == "all" else folder.rows(split)
@@ -392,7 +403,8 @@ def open_lab(G, folder, split, seed, device, table=None):
         lab["scaling"] = lambda rows: [wide(v, rows) for v in folder.measurements(rows)[1:]]
         lab["known"] = lambda places: np.array(folder.raw[:, places], np.float64)[folder.rows("train")]
         lab["images"] = lambda rows: data.scale_images(folder.images(rows), G.image_norm, G.white)
-        known, some = standardised(lab["raw"](train), *lab["scaling"](train)), lab["images"](train[:: -(-len(train) // 32)])
+        some = lab["images"](train[:: -(-len(train) // 32)])
+        known = lab["z"](train) if G.takes == "features" else open_latents(lab, G, train, device)
     if table is not None:
         raw, centre, scale = (v.cpu().numpy() for v in model.table_values(G, table))
         centre, scale = wide(centre, table), wide(scale, table)
@@ -406,10 +418,26 @@ def open_lab(G, folder, split, seed, device, table=None):
                 raise InputError(f"--table: {len(table)} cells, 20 are needed to say how far an edit leaves them; give --data of the run as well")
             lab["known"], known = lambda places: raw[:, places], standardised(raw, centre, scale)
             some = lab["paint"](known[:32])
-    lab["z"] = lambda rows: standardised(lab["raw"](rows), *lab["scaling"](rows))
     lab["reference"], lab["measurable"] = fit_reference(known), np.isfinite(lab["look"](some)).any(0)
     lab["relative"] = depends_on_brightness(some, lab["look"]) & (G.image_norm == "cell-max")
     return lab
+
+
+def open_latents(lab, G, train, device):
+    """Moves a lab into the latent space of a VAE or GAN; returns the latent vectors (n, latent) that stand for the data.
+
+    VAE: z(rows) are the encoder's means of the folder's cells, those of training the reference. GAN: the cells are NOISE noise vectors,
+    noise0, noise1, ..., in the order of model.sample(G, NOISE, seed); raw(rows) is what their pictures measure, the reference FRESH more.
+    """
+    if G.takes == "images":
+        means = lambda rows: G.encode(lab["images"](rows).to(device))[0].double().cpu().numpy()
+        lab["z"] = lambda rows: np.concatenate([means(part) for part in np.split(rows, range(256, len(rows), 256))])
+        return lab["z"](train)
+    noise = torch.randn(NOISE + FRESH, G.latent, generator=torch.Generator().manual_seed(lab["seed"])).double().numpy()
+    drawn = functools.cache(lambda: lab["look"](lab["paint"](noise[:NOISE])))  # measured once, where a figure asks for it
+    lab["cells"], lab["rows"], lab["images"] = pd.DataFrame({"cell": [f"noise{i}" for i in range(NOISE)]}), np.arange(NOISE), None
+    lab["z"], lab["raw"] = lambda rows: noise[rows], lambda rows: drawn()[rows]
+    return noise[NOISE:]
 
 
 def standardised(raw, centre, scale):
@@ -582,7 +610,7 @@ def dose(lab, compound, start, steps):
 
 
 def walk(lab, cells, steps):
-    """The straight line between the CP vectors of two cells."""
+    """The straight line between the CP vectors or encodings of two cells, or between two noise vectors."""
     ends, t = [pick_cell(lab, key, "--cells") for key in cells], np.linspace(0, 1, steps)
     figure = empty("walk_" + "_".join(key[-24:] for key in cells), " to ".join(cells), cells=cells)
     add_row(lab, figure, f"{FIG4C[0]}, measured again", line(*lab["z"](ends), steps), [f"at {v:.2f}" for v in t],
@@ -591,24 +619,41 @@ def walk(lab, cells, steps):
 
 
 def algebra(lab, feature, terms, repeats):
-    """CytoGAN's arithmetic on CP vectors: mean of `terms` cells with a high value - mean of as many with a low one + mean of others,
-    measured again. High and low: the top and bottom tenth of the lab's cells; others: the middle fifth."""
+    """CytoGAN's arithmetic on CP vectors, encodings or noise vectors: mean of `terms` cells with a high value - mean of as many with a low
+    one + mean of others, measured again. High and low: the top and bottom tenth of the lab's cells that have a value; others: the middle
+    fifth. What is asked for: the same sum of the cells' values."""
     (j, *more), rows, random = find_features(feature, lab["features"], lab["dropped"]), lab["rows"], np.random.default_rng(lab["seed"])
-    ranked, tenth = rows[np.argsort(lab["raw"](rows)[:, j], kind="stable")], len(rows) // 10
-    if more or terms > tenth:
-        raise InputError(f"--feature {feature}: {1 + len(more)} features, expected one" if more else
-                         f"--terms {terms}: too few cells, the top tenth of these {len(rows)} has {tenth}")
-    figure, moves = empty(f"algebra_{feature}", f"high - low + other: {feature}", n=repeats, terms=terms), []
+    if more:
+        raise InputError(f"--feature {feature}: {1 + len(more)} features, expected one")
+    values = lab["raw"](rows)[:, j]
+    ranked = rows[np.argsort(values, kind="stable")][:np.isfinite(values).sum()]  # NaN, no nucleus found, is sorted last
+    if terms > (tenth := len(ranked) // 10):
+        raise InputError(f"--terms {terms}: too few cells, {len(ranked)} of {len(rows)} have a value of {feature}, their top tenth {tenth}")
+    figure, moves = empty(f"algebra_{feature}", f"high - low + other: {feature}", n=repeats, terms=terms, ranked=len(ranked)), []
     for k in range(repeats):
-        parts = ranked[-tenth:], ranked[:tenth], ranked[4 * tenth:6 * tenth]
-        high, low, other = (lab["z"](random.choice(part, terms, False)).mean(0) for part in parts)
-        z, (centre, scale) = np.stack([high, low, other, high - low + other]), lab["scaling"](ranked[:1])
-        asked = z[:, j] * scale[0, j] + centre[0, j]
+        picked = [random.choice(part, terms, False) for part in (ranked[-tenth:], ranked[:tenth], ranked[4 * tenth:6 * tenth])]
+        high, low, other = (lab["z"](part).mean(0) for part in picked)
+        asked = [lab["raw"](part)[:, j].mean() for part in picked]
+        asked.append(asked[0] - asked[1] + asked[2])
         heads = [f"{t} {v:.4g}" for t, v in zip(("high", "low", "other", "result"), asked)]
-        got = add_row(lab, figure, f"draw {k + 1}", z, heads, [j], requested=asked)[:, j]
+        got = add_row(lab, figure, f"draw {k + 1}", np.stack([high, low, other, high - low + other]), heads, [j], requested=asked)[:, j]
         moves.append((got[3] - got[2]) / (asked[0] - asked[1]) if asked[0] > asked[1] else np.nan)
     figure["records"].append({"row": "realised / requested move", "asked": feature} | mean_interval(np.array(moves), lab["seed"]))
     return figure | {"rows": figure["rows"][:5]}
+
+
+def latents(lab, top):
+    """The latent dimensions of largest mean |mu| over the cells, each walked from -2 to 2 sd with the others at 0, measured again. A GAN's
+    noise is alike in every dimension: there the ranking is chance."""
+    size, order, values = rank_latents(lab["z"](lab["rows"]))
+    figure = empty("latents", "Latent dimensions by mean |mu|, from -2 to 2 sd, the others at 0", n=len(lab["rows"]), top=top)
+    for d in order[:top]:
+        z = np.zeros((values.shape[1], len(size)))
+        z[:, d] = values[d]
+        add_row(lab, figure, f"dimension {d}, mean |mu| {size[d]:.3g}; {FIG4C[0]}, measured again", z, [f"at {v:.3g}" for v in z[:, d]],
+                [j for j, f in enumerate(lab["features"]) if f == FIG4C[0]], value=z[:, d],
+                dimension=[int(d)] * len(z), **{"mean |mu|": [size[d]] * len(z)})
+    return figure
 
 
 def steer(lab, feature, n, edit):
@@ -661,7 +706,7 @@ def write_figure(out, figure, about, gif, page):
         write(path.with_suffix(".gif"), lambda p: frames[0].save(p, "GIF", save_all=True, append_images=frames[1:], duration=300, loop=0))
     if page:
         shown = figure.get("page") or ([("row", names, 0), ("picture", list(range(1, len(x[0]) + 1)), 0)], torch.cat(x), sum(said, []))
-        source = f"{about['checkpoint']}, step {about['step']}; {about['split']} cells of {about['data']}"
+        source = f"{about['checkpoint']}, step {about['step']}; cells: {about['split']}; data: {about['data']}"
         write_page(Path(page), figure["title"], source, *shown, about["channels"])
     return path
 
@@ -689,11 +734,13 @@ FLAGS = {  # of each command, after its function and what it does
         "block": flag(BLOCK, "measurements replaced a step")}),
     "dose": (dose, "DMSO and the concentrations of a compound (Fig 5b, c)", {
         "compound": flag("latrunculin B", "as in cells.csv"), "start": START, "steps": flag(5, "pictures on the line")}),
-    "walk": (walk, "a straight line between two cells", {
-        "cells": {"nargs": 2, "required": True, "metavar": "KEY", "help": "two names in cells.csv"}, "steps": flag(9, "pictures")}),
-    "algebra": (algebra, "high - low + other on CP vectors, measured again (CytoGAN)", {
+    "walk": (walk, "a straight line between two cells, or two noise vectors of a GAN", {
+        "cells": {"nargs": 2, "required": True, "metavar": "KEY", "help": f"two names in cells.csv; of a GAN noise0 to noise{NOISE - 1}"},
+        "steps": flag(9, "pictures")}),
+    "algebra": (algebra, "high - low + other, measured again (CytoGAN)", {
         "feature": flag(FIG4C[0], "what is high and low"), "terms": flag(3, "cells averaged in each term"),
         "repeats": flag(20, "draws of cells")}),
+    "latents": (latents, "the latent dimensions of a VAE or GAN, from -2 to 2 sd", {"top": flag(5, "dimensions, a row each")}),
     "controllability": (steer, "for each feature: asked -3..3 sd against measured again", {
         "feature": NAMES | {"help": "names or patterns (default: every feature; 6 n pictures each)"},
         "n": flag(16, "cells"), "edit": EDIT}),
@@ -701,6 +748,7 @@ FLAGS = {  # of each command, after its function and what it does
         "n": {"type": int, "help": "cells (default 500, or all where there are fewer)"}, "repeats": flag(3, "permutations of each group")})}
 
 ON_TABLES = ("sweep", "walk", "algebra")  # the commands that can do without real pictures
+LATENT = ("walk", "algebra", "latents")  # those for the latent space of a VAE or GAN
 
 
 def parse(argv):
@@ -730,7 +778,7 @@ def parse(argv):
         parser.error(f"{args.command} needs --data DIR, or --table FILE")
     if args.command == "sweep" and not args.feature:
         parser.error("sweep needs --feature NAME, or --fig4c")
-    for name, least in (("steps", 2), ("n", 2), ("block", 1), ("terms", 1), ("repeats", 1)):
+    for name, least in (("steps", 2), ("n", 2), ("block", 1), ("terms", 1), ("repeats", 1), ("top", 1)):
         if getattr(args, name, None) is not None and getattr(args, name) < least:
             parser.error(f"--{name} is {getattr(args, name)}, expected {least} or more")
     return args
@@ -745,18 +793,26 @@ def main(argv=None):
     if folder and (G.features != folder.features or G.identity != folder.identity()):
         raise InputError(f"{checkpoint}: was trained on another prepared folder than {folder.path} (other features or checksums); "
                          "give the --data of that run")
+    if G.takes == "features" and args["command"] == "latents":
+        raise InputError(f"{checkpoint}: {G.model} takes measurements and has no latent space; give the run of a VAE or GAN, or move "
+                         "measurements by sweep, walk or algebra")
+    if G.takes != "features" and (args["command"] not in LATENT or args.get("table")):
+        asked = "--table" if args.get("table") else args["command"]
+        raise InputError(f"{checkpoint}: {G.model} takes {G.takes}, and {asked} needs a model that takes measurements (cp2image); "
+                         f"{', '.join(LATENT)} with --data serve a {G.model}")
     table = data.read_table(args["table"], G.channels[0]) if args.get("table") else None
     lab = open_lab(G, folder, args["split"], args["seed"], device, table)
     figure = args["function"](lab, **{name: args[name] for name in args["wants"]})
-    reference = lab["reference"]
+    reference, known = lab["reference"], "noise vectors" if G.takes == "noise" else "training cells"
     about = {"command": args["command"], "data": args.get("table") or args["data"], "checkpoint": str(checkpoint), "step": G.step,
              "split": args["split"] if table is None else "table", "seed": args["seed"], "images": G.image_norm, "channels": G.channels,
-             "extractor": EXTRACTOR, "reference": args["data"] or args["table"],
-             "training cells": len(reference["z"]), "Ledoit-Wolf shrinkage": round(reference["shrinkage"], 6)} | figure["about"]
+             "extractor": EXTRACTOR, "model": G.model, "reference": args["data"] or args["table"],
+             known: len(reference["z"]), "Ledoit-Wolf shrinkage": round(reference["shrinkage"], 6)} | figure["about"]
+    about |= {"split": "noise", "reference": "noise"} if G.takes == "noise" else {}
     path = write_figure(Path(args["out"] or checkpoint.parent / "interpolate"), figure, about, args.get("gif"), args.get("page"))
     far = [r["outside percentile"] for r in figure["records"] if "outside percentile" in r]
     if any(p > 99 for p in far):
-        print(f"warning: {sum(p > 99 for p in far)} of {len(far)} pictures lie outside the data, farther than 99 % of the training cells "
+        print(f"warning: {sum(p > 99 for p in far)} of {len(far)} pictures lie outside the data, farther than 99 % of the {known} "
               f"(Mahalanobis), the farthest at percentile {max(far):.4g}: these are extrapolations")
     print(f"{figure['title']}\nwritten: {path}.png, .json, .csv")
 

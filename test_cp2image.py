@@ -2006,6 +2006,8 @@ def test_golden_figures(monkeypatch):
     mean, axes = interpolate.principal_axes(np.concatenate(x["pca_line"]))
     points = interpolate.line(x["pca_line"][0].mean(0), x["pca_line"][2].mean(0), 5)
     assert (points - mean) @ axes.T == pytest.approx(np.array(golden["pca_line"]["points"]), abs=1e-9)
+    (size, order, values), walk = interpolate.rank_latents(x["latent_walk"]), golden["latent_walk"]
+    assert size == pytest.approx(walk["mad"], abs=1e-9) and order[0] == walk["dim"] and values[order[0]] == pytest.approx(walk["values"], abs=1e-9)
     r = evaluate.correlations(*x["feature_correlation"], np.ones((1, 100)))[0]  # constant columns are undefined, not 0
     assert r == pytest.approx([np.nan if v is None else v for v in golden["feature_correlation"]], abs=1e-9, nan_ok=True)
 
@@ -2183,6 +2185,90 @@ def test_the_other_figures(folder_path, run_path, tmp_path):
     assert {r["channel"] for r in records} == set(data.CHANNELS) and all(r["low"] <= r["high"] for r in records)
 
 
+@pytest.mark.parametrize("kind", ["vae", "lsgan"])
+def test_latent_spaces(kind, folder_path, tmp_path, monkeypatch, capsys):
+    """walk, algebra and latents of a baseline after two steps: the vectors are encodings or the noise of model.sample; the rest is refused."""
+    run, latent, out = tmp_path / kind, {"vae": 256, "lsgan": 100}[kind], tmp_path / "out"
+    run_train(folder_path, run, "--model", kind, steps=2)
+    monkeypatch.setattr(interpolate, "NOISE", 60)
+    monkeypatch.setattr(interpolate, "FRESH", 200)
+    base, report = (folder_path, run, out), lambda files: json.loads(files["json"].read_text())
+    if kind == "lsgan":  # noise as yet: no nucleus in any picture
+        refuses("too few cells, 0 of 60 have a value of Nuclei_AreaShape_Area", edit_call, "algebra", *base)
+    monkeypatch.setattr(interpolate, "segment", lambda x: np.tile((ellipse() + 2 * ellipse(a=20, b=20)).astype(np.uint8), (len(x), 1, 1)))
+    folder, G = data.open_folder(folder_path), model.load(run / "last.pt")
+    lab, rows = interpolate.open_lab(G, folder, "test", 0, "cpu"), folder.rows("test")
+    if kind == "lsgan":
+        assert (lab["paint"](lab["z"]([0, 17])) - model.sample(G, 60)[[0, 17]]).abs().max() < 1e-5 and lab["images"] is None and len(lab["rows"]) == 60
+        assert np.isfinite(lab["raw"]([3])).any() and len(lab["reference"]["z"]) == 200 and not np.isin(lab["z"]([3]), lab["reference"]["z"]).any()
+        assert not np.array_equal(lab["z"]([3]), interpolate.open_lab(G, folder, "test", 1, "cpu")["z"]([3]))  # another seed, other noise
+    else:
+        means = G.encode(data.scale_images(folder.images(rows), G.image_norm))[0].numpy()
+        assert np.allclose(lab["z"](rows), means, atol=1e-4) and np.array_equal(lab["raw"](rows), folder.raw[rows]) and len(lab["rows"]) == len(rows)
+        every = folder.rows("train")  # 338 cells: two batches, in their order
+        assert np.allclose(lab["z"](every)[[0, 300]], lab["z"](every[[0, 300]]), atol=1e-4) and len(lab["reference"]["z"]) == len(every)
+    ends = ["noise3", "noise17"] if kind == "lsgan" else list(folder.cells["cell"][[0, 399]])
+    walked = report(edit_call("walk", *base, "--cells", *ends, "--steps", "3", "--gif", "--html", str(tmp_path / "walk.html")))
+    assert [r["t"] for r in walked["records"]] == [0, 0.5, 1] and walked["about"]["split"] == {"vae": "test", "lsgan": "noise"}[kind]
+    assert walked["about"]["model"] == kind and walked["about"].get("noise vectors") == {"vae": None, "lsgan": 200}[kind]
+    a, b = lab["z"]([3, 17] if kind == "lsgan" else [0, 399])
+    percentile, nearest = interpolate.how_far(lab["reference"], np.stack([a, (a + b) / 2, b]))
+    assert [r["outside percentile"] for r in walked["records"]] == pytest.approx(percentile, rel=1e-5)  # JSON has six digits
+    assert [r["nearest"] for r in walked["records"]] == pytest.approx(nearest, rel=1e-4)
+    said = Image.open(next(out.glob("walk*.png"))).size
+    assert said[0] == 138 * (3 + 2 * (kind == "vae")) + 2  # real cells at the two ends, where there are such
+    walked = report(edit_call("latents", *base, "--top", "2"))["records"]
+    size, order, values = interpolate.rank_latents(lab["z"](lab["rows"]))
+    assert [r["dimension"] for r in walked] == [order[0]] * 9 + [order[1]] * 9 and size.argmax() == order[0] and len(size) == latent
+    assert [r["value"] for r in walked[9:]] == pytest.approx(values[order[1]], rel=1e-4) and walked[4]["value"] == 0 and len(values[0]) == 9
+    moved = report(edit_call("algebra", *base, "--feature", "Nuclei_Intensity_MeanIntensity_DAPI", "--split", "train", "--repeats", "2"))
+    high, low, other, result = (r["requested"] for r in moved["records"][:4])
+    assert result == pytest.approx(high - low + other, rel=1e-4) and high > other > low and moved["about"]["ranked"] == {"vae": 338, "lsgan": 60}[kind]
+    for r in [*walked, *moved["records"]]:
+        assert all(np.isfinite(v) for v in r.values() if not isinstance(v, str)), r  # null: None, which isfinite would refuse
+    before = sorted(out.iterdir())
+    refuses("--cells x: not among the .* whose first is", edit_call, "walk", *base, "--cells", "x", "y")
+    for call in ("sweep --fig4c", "moa", "dose", "controllability --n 2", "coupling --n 2", "walk --cells a b --table nowhere.csv"):
+        command, *more = call.split()
+        refuses(f"{kind} takes {G.takes}, and {'--table' if '--table' in more else command} needs .* walk, algebra, latents", edit_call, command, *base, *more)
+    assert sorted(out.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["images", "noise"])
+def test_algebra_is_verified_by_measuring(kind, folder_path, monkeypatch):
+    """A stand-in whose first latent dimension is the nucleus' area realises the move asked for; with the vectors of other cells it does not.
+
+    1 +- 0.1: as the controllability test measures the renderer's area. 0 +- 0.25: terms of three cells drawn at random move by sd sqrt(2/3) of
+    the 3.5 sd between the tenths, 0.23 of the move; of 20 draws the standard error is 0.05, which is 5 of them.
+    """
+    monkeypatch.setattr(interpolate, "NOISE", 200)
+    folder, row = data.open_folder(folder_path), one_cell(Nuclei_AreaShape_Eccentricity=0.75, Cells_AreaShape_Eccentricity=0.7, Cytoplasm_AreaShape_Area=1200)
+    place = folder.features.index("Nuclei_AreaShape_Area")
+
+    class StandIn:
+        takes, latent, features, channels, image_norm, white = kind, 8, folder.features, folder.channels, "percentile", torch.full((3,), 65535.0)
+
+        def encode(self, x):  # the table's own area in the first dimension, found by the picture
+            found = [int((self.known == v).flatten(1).all(1).nonzero()[0, 0]) for v in x]
+            z = torch.randn(len(x), 8, generator=torch.Generator().manual_seed(1))
+            z[:, 0] = torch.tensor((np.array(folder.raw[found, place]) - 850) / 50)
+            return z, None
+
+        def decode(self, z):
+            cells = pd.concat([row] * len(z)).assign(Nuclei_AreaShape_Area=850 + 50 * z[:, 0].numpy())
+            return torch.from_numpy(prepare.render(cells, 0))
+
+    G = StandIn()
+    G.known = data.scale_images(folder.images(np.arange(len(folder))), "percentile", G.white)
+    lab = interpolate.open_lab(G, folder, "train", 0, "cpu")
+    moved = interpolate.algebra(lab, "Nuclei_AreaShape_Area", 3, 20)["records"][-1]
+    assert moved["n"] == 20 and moved["value"] == pytest.approx(1, abs=0.1) and moved["low"] > 0.9
+    z, other = lab["z"], np.random.default_rng(0).permutation(lab["rows"])
+    lab["z"] = lambda rows: z(other[np.searchsorted(lab["rows"], rows)])
+    moved = interpolate.algebra(lab, "Nuclei_AreaShape_Area", 3, 20)["records"][-1]
+    assert moved["n"] == 20 and abs(moved["value"]) < 0.25
+
+
 def test_refused_edits(folder_path, run_path, tmp_path, capsys):
     folder = data.open_folder(folder_path)
     with pytest.raises(data.InputError, match="was left out when the cells were prepared \\(no spread"):
@@ -2193,11 +2279,12 @@ def test_refused_edits(folder_path, run_path, tmp_path, capsys):
                           ("sweep --feature Nuclei_AreaShape_Area --unit percentile --high 101", "between 0 and 100"),
                           ("moa --target Anti", "--target Anti: 0 of these .* there are: .*DMSO"), ("moa --start x", "--start x: 0 of"),
                           ("dose --compound aspirin", "--compound aspirin: 0 of"), ("algebra --terms 30", "--terms 30: too few cells"),
-                          ("algebra --feature Nuclei_*", "expected one"), ("controllability --n 5000", "--n 5000: too few cells"), ("coupling --n 5000", "too few cells")]:
+                          ("algebra --feature Nuclei_*", "expected one"), ("controllability --n 5000", "--n 5000: too few cells"), ("coupling --n 5000", "too few cells"),
+                          ("latents", "cp2image takes measurements and has no latent space")]:
         command, *more = call.split()
         with pytest.raises(data.InputError, match=message):
             edit_call(command, folder_path, run_path, tmp_path, *more)
-    for call in ("sweep", "sweep --fig4c --steps 1", "coupling --n 1", "moa --block 0"):
+    for call in ("sweep", "sweep --fig4c --steps 1", "coupling --n 1", "moa --block 0", "latents --top 0"):
         with pytest.raises(SystemExit):
             edit_call(call.split()[0], folder_path, run_path, tmp_path, *call.split()[1:])
     assert not list(tmp_path.iterdir())
