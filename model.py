@@ -114,6 +114,31 @@ class BatchNorm(nn.Module):
         return ys[0] if follow is None else ys
 
 
+class MaxPool(torch.autograd.Function):
+    """F.max_pool2d(x, 2) of x (B, C, H, W), H and W even, for a CPU: half the time, by whole rows and then columns; ties go to the first."""
+
+    @staticmethod
+    def forward(ctx, x):
+        width = x.shape[3]
+        top, bottom = x.unflatten(2, (-1, 2)).unbind(3)  # (B, C, H / 2, W)
+        left, right = torch.maximum(top, bottom).unflatten(3, (-1, 2)).unbind(4)  # (B, C, H / 2, W / 2)
+        lower_left, lower_right = (bottom > top).unflatten(3, (-1, 2)).unbind(4)
+        to_right = right > left
+        corner = 2 * width * torch.arange(left.shape[2])[:, None] + 2 * torch.arange(left.shape[3])
+        place = torch.where(torch.where(to_right, lower_right, lower_left), corner + width, corner) + to_right
+        ctx.save_for_backward(x, place)
+        return torch.maximum(left, right)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, place = ctx.saved_tensors
+        return torch.ops.aten.max_pool2d_with_indices_backward(grad, x, [2, 2], [2, 2], [0, 0], [1, 1], False, place)
+
+
+def max_pool(x):
+    return F.max_pool2d(x, 2) if x.is_cuda else MaxPool.apply(x)
+
+
 def leaky(x):
     return F.leaky_relu(x, SLOPE)
 
@@ -170,7 +195,7 @@ class Discriminator(nn.Module):
     """Images (B, n_channels, 68, 68) in 0..1 -> (logits (B,), four hidden maps): the learned metric of the paper.
 
     With `follow`, more images that are normalised by the batch-norm moments of x and no part of them, a pair of such results: the step
-    passes [real, generated], and the originals follow. Every kernel is spectrally normalised by torch's parametrisation, whose power
+    passes (real, generated), and the originals follow. A tuple x is one batch in parts, of which only some need a gradient. Every kernel is spectrally normalised by torch's parametrisation, whose power
     iteration runs in training mode only. Since batch norm follows each kernel this does not change training; `batch_norm=False` (an
     ablation) is where it does.
     """
@@ -184,13 +209,14 @@ class Discriminator(nn.Module):
 
     def layer(self, i, x, follow):
         weight = getattr(self, f"conv{i}").weight  # once for both: spectral norm iterates when it is read
-        y = getattr(self, f"bn{i}")(F.conv2d(x, weight), None if follow is None else F.conv2d(follow, weight))
+        y = torch.cat([F.conv2d(part, weight) for part in x]) if isinstance(x, tuple) else F.conv2d(x, weight)
+        y = getattr(self, f"bn{i}")(y, None if follow is None else F.conv2d(follow, weight))
         return (y, None) if follow is None else y
 
     def forward(self, x, follow=None):
         h, h_follow, pair = [], [], (x, follow)
         for i in range(4):  # (B, 32, 32, 32), (B, 32, 14, 14), (B, 32, 5, 5), (B, 64, 1, 1)
-            pair = [None if v is None else leaky(F.max_pool2d(v, 2) if i < 3 else v) for v in self.layer(i, *pair)]  # pooling stands first
+            pair = [None if v is None else leaky(max_pool(v) if i < 3 else v) for v in self.layer(i, *pair)]  # pooling stands first
             h, h_follow = [*h, pair[0]], [*h_follow, pair[1]]
         logit, logit_follow = self.layer(4, *pair)
         return (logit.flatten(), h) if follow is None else ((logit.flatten(), h), (logit_follow.flatten(), h_follow))
@@ -217,7 +243,7 @@ class VAE(nn.Module):
         if x.shape[2:] != (SIZE, SIZE):
             raise InputError(f"images of {x.shape[2]} x {x.shape[3]} pixels: the VAE's layers are made for {SIZE} x {SIZE}")
         for i in range(3):
-            x = leaky(F.max_pool2d(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)), 2))  # (B, 32, 32, 32), 14, 5
+            x = leaky(max_pool(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x))))  # (B, 32, 32, 32), 14, 5
         return self.bn3(self.conv3(x)).flatten(1).chunk(2, 1)
 
     def decode(self, z):

@@ -78,7 +78,7 @@ def compare(D, x, x_fake, x_real, amp=None):
     """
     b = len(x)
     with autocast(x, amp):
-        (logit, h), (_, h_x) = D(torch.cat([x_real, x_fake.to(x_real.dtype)]), x)
+        (logit, h), (_, h_x) = D((x_real, x_fake.to(x_real.dtype)), x)
     p_real, p_fake = logit.to(x.dtype).sigmoid().split(b)
     hidden = model.hidden_losses([m.to(x.dtype) for m in h_x], [m[b:].to(x.dtype) for m in h], x[0].numel())
     return hidden, discriminator_loss(p_real, p_fake), p_real, p_fake
@@ -441,41 +441,55 @@ def keep_freed_memory():
 
 def plain_layers():
     """The layers as the released code has them, in place of model.py's rewrites, for --bench and the tests: a context manager."""
-    def normalise(weight, bias, x, follow):
-        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        ys = [None if v is None else (v - mean[:, None, None]) / (var + model.EPS).sqrt()[:, None, None] * weight[:, None, None]
-              + bias[:, None, None] for v in (x, follow)]
+    def normalise(weight, bias, x, follow=None, n=None):
+        var, mean = torch.var_mean(x[:n], (0, 2, 3), correction=0)
+        ys = (v if v is None else (v - mean[:, None, None]) / (var + model.EPS).sqrt()[:, None, None] * weight[:, None, None] + bias[:, None, None]
+              for v in (x, follow))
         return *ys, mean.detach(), var.detach()
 
-    replaced = {"spread_vector": lambda f, weight: F.conv2d(f[:, :, None, None], weight, padding=4),
-                "double_and_convolve": lambda h, weight, padding=4: F.conv2d(F.interpolate(h, scale_factor=2), weight, padding=padding),
-                "normalise": normalise}
+    def forward(D, x, follow=None):  # one pass over all images, the moments from x
+        n, h = sum(map(len, x)) if isinstance(x, tuple) else len(x), []
+        x = torch.cat([*(x if isinstance(x, tuple) else (x,)), *(() if follow is None else (follow,))])
+        for i in range(5):
+            bn, y = getattr(D, f"bn{i}"), F.conv2d(x, getattr(D, f"conv{i}").weight)
+            y, _, mean, var = normalise(bn.weight, bn.bias, y, n=n)
+            with torch.no_grad():
+                bn.running_mean.lerp_(mean, model.MOMENTUM), bn.running_var.lerp_(var, model.MOMENTUM)
+            x = y if i == 4 else model.leaky(F.max_pool2d(y, 2) if i < 3 else y)
+            h.append(x)
+        logit, *h = h.pop().flatten(), *h
+        return (logit, h) if follow is None else ((logit[:n], [m[:n] for m in h]), (logit[n:], [m[n:] for m in h]))
+
+    replaced = {(model, "spread_vector"): lambda f, weight: F.conv2d(f[:, :, None, None], weight, padding=4), (model, "normalise"): normalise,
+                (model, "double_and_convolve"): lambda h, weight, pad=4: F.conv2d(F.interpolate(h, scale_factor=2), weight, padding=pad),
+                (model, "max_pool"): lambda x: F.max_pool2d(x, 2), (model.Discriminator, "forward"): forward}
     stack = contextlib.ExitStack()
-    for name, function in replaced.items():
-        stack.callback(setattr, model, name, getattr(model, name))
-        setattr(model, name, function)
+    for (owner, name), function in replaced.items():
+        stack.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, function)
     return stack
+
+
+def clock(device, call, *arguments):
+    """Milliseconds that a call takes on the device, and its result."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    wait()
+    start = time.perf_counter()
+    result = call(*arguments)
+    wait()
+    return 1000 * (time.perf_counter() - start), result
 
 
 def bench(n, batch_of, steppers, opts, cells, device):
     """Prints ms a step, cells/s, peak memory and the share of batch, updates and the rest, for each of `steppers` {name: (context, step)},
     n steps of each in turn, so that a busy machine slows all alike."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-
-    def clock(call, *arguments):
-        wait()
-        start = time.perf_counter()
-        result = call(*arguments)
-        wait()
-        return 1000 * (time.perf_counter() - start), result
-
     times, peak, batches = {name: [] for name in steppers}, 0, itertools.count()
     for i in range(n + 5):
         for name, (context, step) in steppers.items():
             with context():
-                loading, batch = clock(batch_of, next(batches))
-                stepping, _ = clock(step, i, batch)
-                updating, _ = clock(lambda: [opt.step() for opt in opts])  # once more, alone
+                loading, batch = clock(device, batch_of, next(batches))
+                stepping, _ = clock(device, step, i, batch)
+                updating, _ = clock(device, lambda: [opt.step() for opt in opts])  # once more, alone
             times[name].append((loading + stepping, loading, updating))
             if not peak:  # the first step of these flags: nothing else has run yet
                 peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -486,6 +500,20 @@ def bench(n, batch_of, steppers, opts, cells, device):
         print(f"bench  {name}: {total:.2f} ms a step (median of {n}), {1000 * cells / total:.0f} cells/s, {total / first:.2f} times the first; "
               f"batch {loading / total:.0%}, updates {updating / total:.0%}, forward and backward {1 - (loading + updating) / total:.0%}")
     print(f"bench  peak memory {peak / 2 ** 30:.2f} GiB {'on the device' if device.type == 'cuda' else 'of the process'}")
+
+
+@torch.no_grad()
+def bench_drawing(n, G, n_features, device):
+    """Prints how long the generator takes from standardised measurements to uint8 pictures in the host's memory, one cell and in batches."""
+    fast, plain = model.Folded(G), copy.deepcopy(G).eval()
+    for cells in (1, 32 if device.type == "cpu" else 1024):
+        f, times = torch.randn(cells, n_features), ([], [])
+        for _ in range(10 * n + 5):
+            for net, context, found in ((fast, contextlib.nullcontext, times[0]), (plain, plain_layers, times[1])):
+                with context():
+                    found.append(clock(device, lambda: model.to_uint8(net(f.to(device))).cpu())[0])
+        own, other = (statistics.median(found[5:]) for found in times)
+        print(f"bench  drawing {cells}: {own:.2f} ms, {1000 * cells / own:.0f} pictures/s; plain layers {other:.2f} ms, {other / own:.2f} times")
 
 
 def main(argv=None):
@@ -594,7 +622,10 @@ def main(argv=None):
             raise data.InputError("--bench times one process; of several, the log has the cells/s of all")
         plain = {"plain eager layers": (plain_layers, partial(one_step, body=body))}
         eager = {"the same, eager": (contextlib.nullcontext, partial(one_step, body=body))} if graph else {}
-        return bench(args.bench, read, {"these flags": (contextlib.nullcontext, one_step), **eager, **plain}, [opt for opt, _ in opts], sampler.batch, device)
+        bench(args.bench, read, {"these flags": (contextlib.nullcontext, one_step), **eager, **plain}, [opt for opt, _ in opts], sampler.batch, device)
+        if args.model == "cp2image":
+            bench_drawing(args.bench, G, len(folder.features), device)
+        return
 
     # The run's folder
     run = Path(args.run or f"runs/{args.model}-seed{args.seed}")
