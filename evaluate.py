@@ -826,6 +826,9 @@ def compare_runs(labels, tables, kinds):
     lines = []
     for title, pattern in TABLES.items():
         some = long.assign(text=text)[long["quantity"].str.fullmatch(pattern)]
+        if not len(some):
+            lines.append(f"{title}: nothing of it was measured\n\n")
+            continue
         wide = some.pivot(index="who", columns="quantity", values="text")
         wide = wide.reindex(index=some["who"].unique(), columns=some["quantity"].unique()).fillna("-")
         wide.insert(0, "runs", long.groupby("who")["runs"].max())

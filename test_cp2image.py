@@ -963,10 +963,37 @@ def test_runs_side_by_side(judged, capsys):
     row = table.loc[("cp2image", "pixel loss")]
     assert (row["mean"], row["sd"], row["runs"]) == (pytest.approx(np.mean(values), rel=1e-5), pytest.approx(np.std(values, ddof=1), rel=1e-4), 2)
     text = (judged / "cmp/comparison.md").read_text()
-    assert "FID 68.42 ± 1.9" in text and "not comparable" in text and text.count("cp2image | 2") == 1 and "nearest training cell | 1" in text
+    assert "FID 68.42 ± 1.9" in text and "not comparable" in text and text.count("cp2image | 2") == 1 and "CytoGAN: nothing" in text and "nearest training cell | 1" in text
     assert json.loads((judged / "cmp/grid.json").read_text())["rows"] == ["original", "cp2image"]
     for other in ("cp2image-seed0", "percentile-seed0"):
         refuses("one --image-norm, and different seeds", evaluate.main, [*common, "--runs", str(judged / "cp2image-seed0"), str(judged / other)])
+
+
+def test_baselines_are_judged(judged):
+    """A VAE reconstructs the cells and samples freely, a GAN only samples; both are represented; Table 1 of both papers has each in its row."""
+    runs = [judged / "cp2image-seed0"]
+    for kind in ("vae", "lsgan"):
+        runs.append(judged / f"{kind}-seed0")
+        train.main(["--data", str(judged / "data"), "--model", kind, "--run", str(runs[-1]), "--steps", "2", "--batch", "6", "--device", "cpu"])
+    evaluate.main(["--data", str(judged / "data"), "--runs", *map(str, runs), "--split", "train", "--n", "30", "--out", str(judged / "three"), "--device", "cpu",
+                   "--grid", "3"])
+    vae, gan = (json.loads((judged / f"three/{kind}-seed0/metrics.json").read_text()) for kind in ("vae", "lsgan"))
+    assert vae["results"]["generated"]["pixel loss"]["value"] > 0 and "pixel loss" not in vae["results"]["free samples"]
+    assert set(gan["results"]["generated"]) == {"nucleus found"} and "free samples are of no particular cell" in gan["absent"]["pairs of generated"]
+    bare = evaluate.BARE
+    assert all(0 <= found["results"][bare]["NSC"]["value"] <= 1 for found in (vae, gan))  # two steps: any number
+    table = pd.read_csv(judged / "three/comparison.csv").set_index(["who", "quantity"])["paper, not comparable"]
+    assert table[f"lsgan {bare}", "NSC"] == "0.43" and table[f"vae {bare}", "NSC"] == "0.49"
+    assert ("vae free samples", "nucleus found") in table and ("lsgan", "pixel loss") not in table
+    text = (judged / "three/comparison.md").read_text()
+    first, second = text.split("Table 1 of CytoGAN")
+    assert "| vae | 1 |" in first and "FID 351.96 ± 5.3" in first and "| input CP vectors | 1 |" in second and "NSC 0.43" in second
+    assert json.loads((judged / "three/grid.json").read_text())["rows"] == ["original", "cp2image", "vae", "lsgan, free samples"]
+    folder, path = data.open_folder(judged / "data"), judged / "lsgan-seed0/last.pt"
+    G, D, rows = model.load(path), model.load_metric(path), folder.rows("train")[:300]
+    noisy, clean = (evaluate.represented(G, D, folder, rows, torch.device("cpu"), on).to_numpy() for on in (True, False))
+    again = evaluate.represented(G, D, folder, rows[::-1], torch.device("cpu")).to_numpy()[::-1]
+    assert noisy.shape == (len(rows), 100) and np.abs(noisy - again).max() < 1e-5 * np.abs(noisy).max() < np.abs(noisy - clean).max()  # noise by cell, not by place
 
 
 @needs_shared
