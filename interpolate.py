@@ -331,7 +331,7 @@ def table_chart(axes, records, channels):
         axes.text(k, i, f"{v:.0f} %", ha="center", va="center", fontsize=8, color="white" if v > rise.max() * 0.6 else "black")
     axes.set_xticks(range(len(channels)), channels)
     axes.set_yticks(range(len(rise)), [f"{r['group']} ({r['features']})" for r in records[::len(channels)]], fontsize=8)
-    axes.set_xlabel("rise of the channel's pixel loss when the group is permuted between cells")
+    axes.set_xlabel("rise of the pixel loss when the group is permuted", fontsize=8)
 
 
 PAGE_HTML = """<!doctype html><meta charset="utf-8"><title>%(title)s</title><style>

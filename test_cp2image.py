@@ -1659,6 +1659,23 @@ def test_baselines_repeat_and_resume(kind, folder_path, tmp_path):
     assert (model.load_metric(tmp_path / "whole/last.pt") is None) == (kind == "vae")
 
 
+def test_a_students_own_model(folder_path, tmp_path, monkeypatch):
+    """README, "change one thing": a class of eight lines, a line in networks and a name; it trains, resumes, loads and draws."""
+    readme = (HERE / "README.md").read_text()
+    lines = readme.split("class Mine(nn.Module):")[1].split("```")[0]
+    names = {"nn": nn, "torch": torch}
+    exec("class Mine(nn.Module):" + lines, names)
+    assert len([v for v in lines.splitlines() if v.strip()]) <= 8
+    known = model.networks
+    monkeypatch.setattr(model, "KINDS", (*model.KINDS, "mine"))
+    monkeypatch.setattr(model, "networks", lambda kind, f, c=3, *more: (names["Mine"](f, c), model.Discriminator(c)) if kind == "mine" else known(kind, f, c, *more))
+    state = run_train(folder_path, tmp_path / "run", "--model", "mine", steps=2)
+    run_train(folder_path, tmp_path / "run", "--model", "mine", "--resume", steps=3)
+    G, folder = model.load(tmp_path / "run/last.pt"), data.open_folder(folder_path)
+    assert state["model"] == G.model == "mine"
+    assert model.generate(G, pd.DataFrame(np.array(folder.raw[:2]), columns=folder.features)).shape == (2, 3, 68, 68)
+
+
 def test_adversarial_losses():
     """The three pairs of losses by hand, on a discriminator that is known: D(x) = mean of x, whose slope has a length that follows."""
     class Mean(nn.Module):
@@ -1852,6 +1869,25 @@ def test_bench_prints_and_writes_nothing(folder_path, tmp_path, monkeypatch, cap
     for name in ("these flags", "plain eager layers"):
         assert re.search(name + r": [\d.]+ ms a step \(median of 2\), \d+ cells/s, [\d.]+ times the first", said)
     assert "peak memory" in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("norm", ["cell-max", "percentile"])
+def test_data_on_the_device_is_the_data_read(norm, folder_path):
+    """Resident (here on a CPU) and the reader ahead give what load_batch gives, in any order of rows; 16-bit values over 32767 included."""
+    folder, device = data.open_folder(folder_path), torch.device("cpu")
+    rows = np.random.default_rng(0).permutation(len(folder))[:50]
+    f, x = train.load_batch(folder, rows, norm, device)
+    assert torch.equal(x, data.scale_images(folder.images(rows), norm, folder.white))
+    resident = train.Resident(folder, norm, device)(torch.from_numpy(rows))
+    assert torch.equal(resident[0], f) and torch.equal(resident[1], x)
+    high = np.array([[[[0, 1], [40000, 65535]]]], np.uint16)
+    assert train.scaled(torch.from_numpy(high.view(np.int16)), "percentile", [65535.0]).flatten().tolist() == pytest.approx([0, 1 / 65535, 40000 / 65535, 1])
+    read = []
+    ahead = train.Ahead(lambda step: (read.append(step), train.load_batch(folder, rows[step:step + 4], norm, device))[1], threads=2)
+    for step in range(5):
+        assert torch.equal(ahead(step)[1], x[step:step + 4])
+    ahead.pool.shutdown()
+    assert sorted(read) == list(range(12))  # each once, eight steps ahead
 
 
 @needs_cuda

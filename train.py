@@ -404,7 +404,7 @@ def parse(argv):
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default 1000; always at the end)")
     add("--bench", type=int, default=0, metavar="N", help="time N steps after 5 for warming up, beside plain eager layers; write nothing")
     args = parser.parse_args(argv)
-    for name, value in DEFAULTS[args.model].items():
+    for name, value in DEFAULTS.get(args.model, DEFAULTS["cp2image"]).items():  # a student's own model: CP2Image's way
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in ("steps", "log_every", "sample_every", "val_every", "save_every"):
@@ -599,7 +599,7 @@ def main(argv=None):
     def body(done, *batch):
         f, x = gather(*batch)
         b = len(f) // 2
-        terms = method[args.model](*wrapped, opt_g, opt_d, f[:b], x[:b], x[b:], done, **shared)
+        terms = method.get(args.model, method["cp2image"])(*wrapped, opt_g, opt_d, f[:b], x[:b], x[b:], done, **shared)
         if G_ema is not None:
             with torch.no_grad():
                 for average, now in zip(G_ema.state_dict().values(), G.state_dict().values()):
@@ -637,7 +637,7 @@ def main(argv=None):
     if world > 1:
         dist.barrier()  # all have looked before one writes
     settings = {k: v for k, v in vars(args).items() if k not in RESUMABLE}
-    columns = ["step", *TERMS[args.model], "cells_per_s", *VALIDATION]
+    columns = ["step", *TERMS.get(args.model, TERMS["cp2image"]), "cells_per_s", *VALIDATION]
     step, best = 0, float("inf")
     if args.resume:
         state = model.read_checkpoint(last, device)
