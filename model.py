@@ -115,7 +115,7 @@ class BatchNorm(nn.Module):
 
 
 class MaxPool(torch.autograd.Function):
-    """F.max_pool2d(x, 2) of x (B, C, H, W), H and W even, for a CPU: half the time, by whole rows and then columns; ties go to the first."""
+    """F.max_pool2d(x, 2) of x (B, C, H, W), H and W even, for a CPU: half the time, by rows and then columns; ties go to the first."""
 
     @staticmethod
     def forward(ctx, x):
@@ -195,9 +195,9 @@ class Discriminator(nn.Module):
     """Images (B, n_channels, 68, 68) in 0..1 -> (logits (B,), four hidden maps): the learned metric of the paper.
 
     With `follow`, more images that are normalised by the batch-norm moments of x and no part of them, a pair of such results: the step
-    passes (real, generated), and the originals follow. A tuple x is one batch in parts, of which only some need a gradient. Every kernel is spectrally normalised by torch's parametrisation, whose power
-    iteration runs in training mode only. Since batch norm follows each kernel this does not change training; `batch_norm=False` (an
-    ablation) is where it does.
+    passes (real, generated), and the originals follow. A tuple x is one batch in parts, of which only some need a gradient. Every
+    kernel is spectrally normalised by torch's parametrisation, whose power iteration runs in training mode only. Since batch norm
+    follows each kernel this does not change training; `batch_norm=False` (an ablation) is where it does.
     """
 
     def __init__(self, n_channels=3, spectral_norm=True, batch_norm=True):
@@ -226,7 +226,7 @@ class VAE(nn.Module):
     """A variational autoencoder of images (B, n_channels, 68, 68) in 0..1: VAE and VAEplus of the paper's Table 1.
 
     Called with images: their reconstruction from the latent means. With `noise` (B, latent), standard normal, as training does:
-    (reconstruction of a draw, means (B, latent), log variances). Source: the encoder that the released code builds, its generator as decoder.
+    (reconstruction of a draw, means (B, latent), log variances). Source: the encoder that the released code builds; decoder: its generator.
     """
     takes = "images"
 
@@ -418,7 +418,8 @@ def read_checkpoint(path, device="cpu"):
         first = str(error).strip().split("\n")[0][:120]
         raise InputError(f"{path}: not a readable checkpoint of train.py ({first}); it may be cut short: use an older one") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise InputError(f"{path}: a torch file, but not a checkpoint of train.py (expected its key 'format' to be {FORMAT}; older runs are trained anew)")
+        raise InputError(f"{path}: a torch file, but not a checkpoint of train.py (expected its key 'format' to be {FORMAT}; runs of older "
+                         "code are trained anew)")
     return state
 
 
@@ -493,13 +494,13 @@ def table_values(G, table):
     if G.normalise == "plate-dmso":
         lacking = [name for name in ("plate", "compound") if name not in set(columns)]
         if lacking:
-            raise InputError(f"this model was trained with --normalise plate-dmso: the table needs a column {' and a column '.join(lacking)}")
+            raise InputError(f"this model was trained with --normalise plate-dmso: the table needs a column {' and '.join(lacking)}")
         plates, compounds = [str(p) for p in table["plate"].to_numpy()], [str(c) for c in table["compound"].to_numpy()]
         centre, scale = torch.empty_like(raw), torch.empty_like(raw)
         for plate in dict.fromkeys(plates):
             dmso = torch.tensor([p == plate and c.upper() == "DMSO" for p, c in zip(plates, compounds)], device=raw.device)
             if dmso.sum() < 2:
-                raise InputError(f"plate {plate}: {int(dmso.sum())} rows of compound DMSO, at least 2 are needed to set its scale (plate-dmso)")
+                raise InputError(f"plate {plate}: {int(dmso.sum())} rows of compound DMSO, 2 are needed to set its scale (plate-dmso)")
             mean, sd = plate_moments(raw[dmso])
             rows = torch.tensor([p == plate for p in plates], device=raw.device)
             centre[rows], scale[rows] = mean, torch.where(sd > 0, sd, G.scale)  # no spread on this plate: the training cells' spread
@@ -507,7 +508,7 @@ def table_values(G, table):
 
 
 def standardise_table(G, table):
-    """The rows of a table (see table_values) -> (N, F) float32 on G's device, as G was trained; what was ignored, missing or clipped is warned of."""
+    """The rows of a table (see table_values) -> (N, F) float32 on G's device, as G was trained; warns of what was ignored or clipped."""
     raw, centre, scale = table_values(G, table)
     z, columns = standardise(raw, centre, scale), list(table.columns)
     named = set(G.features) | {"plate", "compound"}

@@ -1321,7 +1321,7 @@ def test_plate_dmso_standardisation(crops_path, tmp_path):
     G.features, G.normalise, G.centre, G.scale = folder.features, "plate-dmso", folder.centre, folder.scale
     rows = np.flatnonzero(cells["plate"] == train_plate)
     table = pd.DataFrame(np.array(folder.raw[rows]), columns=folder.features)
-    with pytest.raises(model.InputError, match="needs a column plate and a column compound"):
+    with pytest.raises(model.InputError, match="needs a column plate and compound"):
         model.standardise_table(G, table)
     table["plate"], table["compound"] = train_plate, cells["compound"].to_numpy()[rows]
     same = model.standardise_table(G, table)

@@ -34,7 +34,8 @@ import model
 
 LOSS_TERMS = ["loss_pix", "loss_hidden", "hidden0", "hidden1", "hidden2", "hidden3"]
 TERMS = {"cp2image": ["loss_d", "p_real", "p_fake", *LOSS_TERMS], "vae": ["kl", "loss_pix"],  # what a step of each model reports
-         "vaeplus": ["kl", "loss_d", "p_real", "p_fake", *LOSS_TERMS], **dict.fromkeys(("lsgan", "dcgan", "wgan"), ["loss_g", "loss_d", "real", "fake"])}
+         "vaeplus": ["kl", "loss_d", "p_real", "p_fake", *LOSS_TERMS],
+         **dict.fromkeys(("lsgan", "dcgan", "wgan"), ["loss_g", "loss_d", "real", "fake"])}
 VALIDATION = ["train_pix", "val_pix", "train_hidden", "val_hidden"]
 VALIDATED = 512  # training and as many validation cells that the log's train_pix and val_pix are means over
 DEFAULTS = {  # what the authors of each model trained with; 80,000 steps are VAEplus' own, for the others a choice of ours
@@ -44,7 +45,8 @@ DEFAULTS = {  # what the authors of each model trained with; 80,000 steps are VA
     "lsgan": {"steps": 80_000, "batch": 64, "lr_g": 2e-4, "lr_d": 7e-5, "lr_decay": 0.9999, "weight_decay": 0.0, "spectral_norm": "off"},
     "dcgan": {"steps": 80_000, "batch": 64, "lr_g": 1e-5, "lr_d": 5e-5, "lr_decay": 0.9999, "weight_decay": 0.0, "spectral_norm": "off"},
     "wgan": {"steps": 80_000, "batch": 64, "lr_g": 2e-4, "lr_d": 7e-5, "lr_decay": 0.9999, "weight_decay": 0.0, "spectral_norm": "off"}}
-RESUMABLE = {"steps", "run", "resume", "data", "device", "graph", "resident", "compile", "log_every", "sample_every", "val_every", "save_every", "bench"}
+RESUMABLE = {"steps", "run", "resume", "data", "device", "graph", "resident", "compile", "log_every", "sample_every", "val_every", "save_every",
+             "bench"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def vae_step(G, D, opt_g, opt_d, f, x, x_real, step, beta=2.0, ramp=2500, pixel_
 
 
 def gan_step(G, D, opt_g, opt_d, f, x, x_real, step, kind="lsgan", label_low=0.8, mix="pixel", weight_decay=0.0, amp=None, scaler=None):
-    """One step of CytoGAN's LSGAN, DCGAN or WGAN: the discriminator on fakes of a generator in eval mode, then the generator on fresh noise.
+    """One step of CytoGAN's LSGAN, DCGAN or WGAN: D on fakes of a generator in eval mode, then the generator on fresh noise.
 
     Labels are times U(label_low, 1), which smooths those of real images only. "WGAN" is WGAN with gradient penalty 10 and one critic
     step; as the code ran, every pixel is mixed in its own share (mix "pixel"), in the text every image ("image").
@@ -195,7 +197,7 @@ def bare(net):
 
 @torch.no_grad()
 def evaluate_losses(G, D, folder, rows, image_norm, device, batch=256):
-    """Pixel loss and (NaN without a learned metric) summed hidden loss in eval mode, a mean over the given cells: train_pix, val_pix, ..."""
+    """Pixel loss and summed hidden loss (NaN without a learned metric) in eval mode, a mean over the given cells: train_pix, ..."""
     modes = [(net, net.training) for net in (G, D) if net is not None]
     for net, _ in modes:
         net.eval()
@@ -370,7 +372,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="prepared folder (prepare_bbbc021.py --out)")
-    add("--run", metavar="DIR", help="where the run is written (default runs/<model>-seed<seed>); an existing one is refused without --resume")
+    add("--run", metavar="DIR", help="where the run is written (default runs/<model>-seed<seed>); an existing one only with --resume")
     add("--resume", action="store_true", help="go on from RUN/last.pt, bit for bit as if never interrupted (CPU)")
     add("--model", default="cp2image", choices=model.KINDS,
         help="CP2Image (default), or a baseline of its Table 1 (VAE, VAEplus) or CytoGAN's; each brings its authors' settings")
@@ -389,10 +391,10 @@ def parse(argv):
     add("--mix", choices=["pixel", "image"], default="pixel", help="WGAN's gradient penalty: mixed by pixel (code) or by image (text)")
     add("--spectral-norm", choices=["on", "off"], help="of the discriminator's kernels (default on; VAEplus off, GANs have none)")
     add("--d-batch-norm", choices=["on", "off"], default="on", help="in the discriminator; off shows what spectral norm does (default on)")
-    add("--order", choices=["shared", "alternate"], default="shared", help="one forward pass for both updates (released), or G then D (text)")
-    add("--image-norm", choices=["cell-max", "percentile"], default="cell-max", help="images by each cell's own maximum (paper) or one fixed level")
+    add("--order", choices=["shared", "alternate"], default="shared", help="one pass for both updates (released), or G then D (text)")
+    add("--image-norm", choices=["cell-max", "percentile"], default="cell-max", help="by each cell's maximum (paper) or one fixed level")
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default off; fp16 needs CUDA)")
-    add("--ema", type=float, default=0.0, metavar="DECAY", help="keep an average of the generator's weights too, e.g. 0.999 (default 0: none)")
+    add("--ema", type=float, default=0.0, metavar="DECAY", help="keep averaged weights of G too, e.g. 0.999 (default 0: none)")
     add("--device", default="auto", help="cuda, cuda:1, cpu (default: cuda where there is one)")
     add("--resident", choices=["auto", "on", "off"], default="auto", help="the whole folder on the GPU (default auto: where it fits)")
     add("--graph", choices=["auto", "on", "off"], default="auto", help="a step as one CUDA graph (default auto: on a single GPU, not fp16)")
@@ -410,7 +412,7 @@ def parse(argv):
     for name in ("steps", "log_every", "sample_every", "val_every", "save_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 1 or more")
-    for name in ("batch", "lr_g", "lr_d", "pixel_weight", "hidden_weight", "hidden_ramp", "weight_decay", "ema", "bench", "seed", "lr_decay", "beta"):
+    for name in ("batch", "lr_g", "lr_d", "lr_decay", "pixel_weight", "hidden_weight", "hidden_ramp", "weight_decay", "beta", "ema", "bench", "seed"):
         if not 0 <= getattr(args, name) < float("inf"):
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more")
     if args.ema >= 1 or args.weight_decay >= 1 or not 0 <= args.label_low <= 1 or args.latent < 1:
@@ -426,7 +428,8 @@ def pick_device(name):
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise data.InputError(f"--device {name}: not on this machine; expected auto, cpu, cuda or cuda:0..{max(torch.cuda.device_count() - 1, 0)}") from None
+        last = max(torch.cuda.device_count() - 1, 0)
+        raise data.InputError(f"--device {name}: not on this machine; expected auto, cpu, cuda or cuda:0..{last}") from None
     return device
 
 
@@ -443,9 +446,9 @@ def plain_layers():
     """The layers as the released code has them, in place of model.py's rewrites, for --bench and the tests: a context manager."""
     def normalise(weight, bias, x, follow=None, n=None):
         var, mean = torch.var_mean(x[:n], (0, 2, 3), correction=0)
-        ys = (v if v is None else (v - mean[:, None, None]) / (var + model.EPS).sqrt()[:, None, None] * weight[:, None, None] + bias[:, None, None]
-              for v in (x, follow))
-        return *ys, mean.detach(), var.detach()
+        mean, var, weight, bias = (v[:, None, None] for v in (mean, var, weight, bias))
+        ys = (v if v is None else (v - mean) / (var + model.EPS).sqrt() * weight + bias for v in (x, follow))
+        return *ys, mean.detach().flatten(), var.detach().flatten()
 
     def forward(D, x, follow=None):  # one pass over all images, the moments from x
         n, h = sum(map(len, x)) if isinstance(x, tuple) else len(x), []
@@ -460,7 +463,8 @@ def plain_layers():
         logit, *h = h.pop().flatten(), *h
         return (logit, h) if follow is None else ((logit[:n], [m[:n] for m in h]), (logit[n:], [m[n:] for m in h]))
 
-    replaced = {(model, "spread_vector"): lambda f, weight: F.conv2d(f[:, :, None, None], weight, padding=4), (model, "normalise"): normalise,
+    replaced = {(model, "normalise"): normalise,
+                (model, "spread_vector"): lambda f, weight: F.conv2d(f[:, :, None, None], weight, padding=4),
                 (model, "double_and_convolve"): lambda h, weight, pad=4: F.conv2d(F.interpolate(h, scale_factor=2), weight, padding=pad),
                 (model, "max_pool"): lambda x: F.max_pool2d(x, 2), (model.Discriminator, "forward"): forward}
     stack = contextlib.ExitStack()
@@ -492,19 +496,20 @@ def bench(n, batch_of, steppers, opts, cells, device):
                 updating, _ = clock(device, lambda: [opt.step() for opt in opts])  # once more, alone
             times[name].append((loading + stepping, loading, updating))
             if not peak:  # the first step of these flags: nothing else has run yet
-                peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else used
     first = None
     for name, rows in times.items():
         total, loading, updating = (statistics.median(column) for column in zip(*rows[5:]))
         first = first or total
-        print(f"bench  {name}: {total:.2f} ms a step (median of {n}), {1000 * cells / total:.0f} cells/s, {total / first:.2f} times the first; "
-              f"batch {loading / total:.0%}, updates {updating / total:.0%}, forward and backward {1 - (loading + updating) / total:.0%}")
+        print(f"bench  {name}: {total:.2f} ms a step (median of {n}), {1000 * cells / total:.0f} cells/s, {total / first:.2f} times the "
+              f"first; batch {loading / total:.0%}, updates {updating / total:.0%}, forward and backward {1 - (loading + updating) / total:.0%}")
     print(f"bench  peak memory {peak / 2 ** 30:.2f} GiB {'on the device' if device.type == 'cuda' else 'of the process'}")
 
 
 @torch.no_grad()
 def bench_drawing(n, G, n_features, device):
-    """Prints how long the generator takes from standardised measurements to uint8 pictures in the host's memory, one cell and in batches."""
+    """Prints how long G takes from standardised measurements to uint8 pictures in the host's memory, one cell and in batches."""
     fast, plain = model.Folded(G), copy.deepcopy(G).eval()
     for cells in (1, 32 if device.type == "cpu" else 1024):
         f, times = torch.randn(cells, n_features), ([], [])
@@ -550,7 +555,8 @@ def main(argv=None):
 
     # The networks and their optimisers
     torch.manual_seed(args.seed)
-    G, D = model.networks(args.model, len(folder.features), len(folder.channels), args.spectral_norm == "on", args.d_batch_norm == "on", args.latent)
+    G, D = model.networks(args.model, len(folder.features), len(folder.channels), args.spectral_norm == "on", args.d_batch_norm == "on",
+                          args.latent)
     G, D = G.to(device), None if D is None else D.to(device)
     G_ema = copy.deepcopy(G) if args.ema else None
     rate = lambda lr: torch.tensor(lr, device=device) if graph else lr  # a graph reads it anew each time
@@ -580,15 +586,16 @@ def main(argv=None):
 
     say(f"data   {args.data}: {len(folder)} cells, {len(train_rows)} train, {len(val_rows)} val, {len(folder.features)} features, "
         f"{len(sampler.count)} treatments in training, normalise {folder.normalise}, images {args.image_norm}")
-    said = f"{args.model}: generator {model.count_parameters(G):,}" + (f" + discriminator {model.count_parameters(D):,}" if D else "") + " parameters trained"
+    said = f" + discriminator {model.count_parameters(D):,}" if D else ""
     if args.model == "cp2image":
-        said += (f" (the paper counts {sum(model.PAPER_PARAMETERS.values()):,} at 453 features, of which "
-                 f"{model.PAPER_PARAMETERS['unused encoder'] + model.PAPER_PARAMETERS['unused output heads']:,} are never trained)")
-    say(f"model  {said}")
-    order = f"order {args.order} | hidden weight {args.hidden_weight:g} ramp {args.hidden_ramp} | " if args.model in ("cp2image", "vaeplus") else ""
+        idle = model.PAPER_PARAMETERS["unused encoder"] + model.PAPER_PARAMETERS["unused output heads"]
+        said += (f" parameters trained (the paper counts {sum(model.PAPER_PARAMETERS.values()):,} at 453 features, of which {idle:,} are never "
+                 "trained)")
+    say(f"model  {args.model}: generator {model.count_parameters(G):,}{said}")
+    order = f"order {args.order} | hidden weight {args.hidden_weight:g} ramp {args.hidden_ramp} | " if isinstance(D, model.Discriminator) else ""
     say(f"step   batch {sampler.batch}{f' on each of {world} processes' if world > 1 else ''} | lr G {args.lr_g:g} D {args.lr_d:g} | {order}"
-        f"seed {args.seed} | {device} ({torch.get_num_threads()} CPU threads) | amp {args.amp} | {'data on the device' if resident else 'data read as needed'} "
-        f"| {'CUDA graph' if graph else 'eager'} | torch {torch.__version__}", flush=True)
+        f"seed {args.seed} | {device} ({torch.get_num_threads()} CPU threads) | amp {args.amp} | data "
+        f"{'on the device' if resident else 'read as needed'} | {'CUDA graph' if graph else 'eager'} | torch {torch.__version__}", flush=True)
 
     shared = {"weight_decay": args.weight_decay, "amp": amp, "scaler": scaler}
     metric = {"ramp": args.hidden_ramp, "pixel_weight": args.pixel_weight, "hidden_weight": args.hidden_weight}
@@ -622,7 +629,8 @@ def main(argv=None):
             raise data.InputError("--bench times one process; of several, the log has the cells/s of all")
         plain = {"plain eager layers": (plain_layers, partial(one_step, body=body))}
         eager = {"the same, eager": (contextlib.nullcontext, partial(one_step, body=body))} if graph else {}
-        bench(args.bench, read, {"these flags": (contextlib.nullcontext, one_step), **eager, **plain}, [opt for opt, _ in opts], sampler.batch, device)
+        ways = {"these flags": (contextlib.nullcontext, one_step), **eager, **plain}
+        bench(args.bench, read, ways, [opt for opt, _ in opts], sampler.batch, device)
         if args.model == "cp2image":
             bench_drawing(args.bench, G, len(folder.features), device)
         return
@@ -643,7 +651,8 @@ def main(argv=None):
         state = model.read_checkpoint(last, device)
         if "opt_g" not in state:
             raise data.InputError(f"{last}: has no optimiser state to resume from; use a run's last.pt")
-        differ = [f"--{k.replace('_', '-')} {v} (was {state['settings'].get(k)})" for k, v in settings.items() if state["settings"].get(k) != v]
+        old = state["settings"]
+        differ = [f"--{k.replace('_', '-')} {v} (was {old.get(k)})" for k, v in settings.items() if old.get(k) != v]
         if differ:
             raise data.InputError(f"{run}: resumed with other settings: {', '.join(differ)}; give the old ones, or start another --run")
         if state["identity"] != folder.identity():
@@ -712,7 +721,8 @@ def main(argv=None):
             if first_bad >= 0:
                 names = ", ".join(f"{n} {v:g}" for n, v in zip(columns[1:], terms.tolist()))
                 kept = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint was written yet"
-                raise data.InputError(f"a loss is not finite since step {int(first_bad)} (at step {step}: {names}); {kept}; try a smaller --lr-g or --amp off")
+                raise data.InputError(f"a loss is not finite since step {int(first_bad)} (at step {step}: {names}); {kept}; "
+                                      "try a smaller --lr-g or --amp off")
 
             seconds = time.perf_counter() - clock
             row = dict.fromkeys(columns, "")
