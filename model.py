@@ -208,7 +208,9 @@ class Discriminator(nn.Module):
             setattr(self, f"bn{i}", BatchNorm(c_out, moments=batch_norm))
 
     def layer(self, i, x, follow):
-        weight = getattr(self, f"conv{i}").weight  # once for both: spectral norm iterates when it is read
+        device = (x[0] if isinstance(x, tuple) else x).device.type
+        with torch.autocast(device, enabled=False):  # spectral norm in full precision
+            weight = getattr(self, f"conv{i}").weight  # once for both: it iterates when it is read
         y = torch.cat([F.conv2d(part, weight) for part in x]) if isinstance(x, tuple) else F.conv2d(x, weight)
         y = getattr(self, f"bn{i}")(y, None if follow is None else F.conv2d(follow, weight))
         return (y, None) if follow is None else y
@@ -320,9 +322,8 @@ def glorot(net):
 
 
 def networks(kind, n_features, n_channels=3, spectral_norm=True, d_batch_norm=True, latent=256):
-    """The generator and the discriminator (None: it has none) of a model. A student's own model is a line here and a class above:
-
-    a generator `takes` "features" (B, n_features), "images" or "noise" (B, latent) and returns images (B, n_channels, 68, 68) in 0..1.
+    """The generator and the discriminator (None: it has none) of a model. A student's own model is a line here, a class above and its
+    name in KINDS: a generator `takes` "features" (B, n_features), "images" or "noise" (B, latent) and returns images (B, n_channels, 68, 68) in 0..1.
     """
     if kind == "cp2image":
         return Generator(n_features, n_channels), Discriminator(n_channels, spectral_norm, d_batch_norm)

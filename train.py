@@ -3,7 +3,7 @@
     python train.py --data out/ --steps 300 --hidden-ramp 50
 
 Reads the folder of prepare_bbbc021.py. Writes RUN/last.pt (all that resuming and drawing need), RUN/best.pt (the generator with
-the lowest validation pixel loss), RUN/log.csv, RUN/args.json and RUN/samples/*.png. Cost: see the README's speed table.
+the lowest validation pixel loss; not for GANs), RUN/log.csv, RUN/args.json and RUN/samples/*.png. Cost: see the README's speed table.
 """
 import argparse
 import contextlib
@@ -398,7 +398,7 @@ def parse(argv):
     add("--device", default="auto", help="cuda, cuda:1, cpu (default: cuda where there is one)")
     add("--resident", choices=["auto", "on", "off"], default="auto", help="the whole folder on the GPU (default auto: where it fits)")
     add("--graph", choices=["auto", "on", "off"], default="auto", help="a step as one CUDA graph (default auto: on a single GPU, not fp16)")
-    add("--compile", action="store_true", help="torch.compile both networks")
+    add("--compile", action="store_true", help="torch.compile both networks (WGAN: the generator)")
     add("--seed", type=int, default=0, help="of the weights, the batches and the cells that are shown and validated (default 0)")
     add("--log-every", type=int, default=50, help="steps between log lines (default 50)")
     add("--sample-every", type=int, default=2500, help="steps between sample pictures (default 2500; always at the end)")
@@ -426,7 +426,9 @@ def pick_device(name):
     """The torch device for a --device flag; InputError if this machine does not have it."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=device).device  # with its number
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except (RuntimeError, AssertionError, NotImplementedError):
         last = max(torch.cuda.device_count() - 1, 0)
         raise data.InputError(f"--device {name}: not on this machine; expected auto, cpu, cuda or cuda:0..{last}") from None
@@ -485,26 +487,34 @@ def clock(device, call, *arguments):
 
 
 def bench(n, batch_of, steppers, opts, cells, device):
-    """Prints ms a step, cells/s, peak memory and the share of batch, updates and the rest, for each of `steppers` {name: (context, step)},
-    n steps of each in turn, so that a busy machine slows all alike."""
-    times, peak, batches = {name: [] for name in steppers}, 0, itertools.count()
+    """Prints ms a step, cells/s, peak memory and the share of batch, updates and the rest, for each of `steppers` {name: (context, step)}.
+
+    n steps of each in turn, so that a busy machine slows all alike. It waits for the device after every part, so training, where reading
+    overlaps, is no slower. The share of updates is that of eager ones, so it is left out for a graph.
+    """
+    times, peaks, batches = {name: [] for name in steppers}, dict.fromkeys(steppers, 0), itertools.count()
     for i in range(n + 5):
         for name, (context, step) in steppers.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             with context():
                 loading, batch = clock(device, batch_of, next(batches))
                 stepping, _ = clock(device, step, i, batch)
+                used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
                 updating, _ = clock(device, lambda: [opt.step() for opt in opts])  # once more, alone
             times[name].append((loading + stepping, loading, updating))
-            if not peak:  # the first step of these flags: nothing else has run yet
-                used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-                peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else used
+            peaks[name] = max(peaks[name], used)
     first = None
     for name, rows in times.items():
         total, loading, updating = (statistics.median(column) for column in zip(*rows[5:]))
         first = first or total
+        parts = f"batch {loading / total:.0%}"
+        if "graph" not in name:
+            parts += f", updates {updating / total:.0%}, forward and backward {1 - (loading + updating) / total:.0%}"
+        memory = f"; at most {peaks[name] / 2 ** 30:.2f} GiB on the device" if peaks[name] else ""
         print(f"bench  {name}: {total:.2f} ms a step (median of {n}), {1000 * cells / total:.0f} cells/s, {total / first:.2f} times the "
-              f"first; batch {loading / total:.0%}, updates {updating / total:.0%}, forward and backward {1 - (loading + updating) / total:.0%}")
-    print(f"bench  peak memory {peak / 2 ** 30:.2f} GiB {'on the device' if device.type == 'cuda' else 'of the process'}")
+              f"first; {parts}{memory}")
+    print(f"bench  peak memory of the process, all together {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
 
 
 @torch.no_grad()
@@ -560,15 +570,15 @@ def main(argv=None):
     G, D = G.to(device), None if D is None else D.to(device)
     G_ema = copy.deepcopy(G) if args.ema else None
     rate = lambda lr: torch.tensor(lr, device=device) if graph else lr  # a graph reads it anew each time
-    fused = device.type == "cuda"  # one kernel for all parameters
+    fused = device.type == "cuda"  # one kernel for all parameters; SGD's leaves its momentum unset where fp16 overflows at first
     adam = partial(torch.optim.Adam, betas=(0.5 if is_gan else 0.9, 0.999), eps=1e-8 if is_gan else 1e-7, capturable=graph, fused=fused)
     opt_g, opt_d = adam(G.parameters(), lr=rate(args.lr_g)), None
     if D is not None:
-        opt_d = adam(D.parameters(), lr=rate(args.lr_d)) if is_gan else torch.optim.SGD(D.parameters(), rate(args.lr_d), 0.9, fused=fused)
+        opt_d = adam(D.parameters(), lr=rate(args.lr_d)) if is_gan else torch.optim.SGD(D.parameters(), rate(args.lr_d), 0.9, fused=fused and graph)
     opts = [(opt, lr) for opt, lr in ((opt_g, args.lr_g), (opt_d, args.lr_d)) if opt]
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     if args.compile:
-        G.compile(), D is None or D.compile()
+        G.compile(), D is None or args.model == "wgan" or D.compile()  # the gradient penalty needs a second derivative
     wrapped = [net if world == 1 or net is None else torch.nn.parallel.DistributedDataParallel(net) for net in (G, D)]
 
     # Where batches come from
@@ -627,9 +637,12 @@ def main(argv=None):
     if args.bench:
         if world > 1:
             raise data.InputError("--bench times one process; of several, the log has the cells/s of all")
-        plain = {"plain eager layers": (plain_layers, partial(one_step, body=body))}
-        eager = {"the same, eager": (contextlib.nullcontext, partial(one_step, body=body))} if graph else {}
-        ways = {"these flags": (contextlib.nullcontext, one_step), **eager, **plain}
+        compiled = ", compiled" if args.compile else ""
+        ways = {f"these flags{', as a graph' if graph else ''}{compiled}": (contextlib.nullcontext, one_step)}
+        if graph:
+            ways[f"the same, eager{compiled}"] = (contextlib.nullcontext, partial(one_step, body=body))
+        if not args.compile:
+            ways["plain eager layers"] = (plain_layers, partial(one_step, body=body))
         bench(args.bench, read, ways, [opt for opt, _ in opts], sampler.batch, device)
         if args.model == "cp2image":
             bench_drawing(args.bench, G, len(folder.features), device)
@@ -644,7 +657,7 @@ def main(argv=None):
         raise data.InputError(f"{run}: there is a run already; go on with it by --resume, or choose another --run")
     if world > 1:
         dist.barrier()  # all have looked before one writes
-    settings = {k: v for k, v in vars(args).items() if k not in RESUMABLE}
+    settings = {k: v for k, v in vars(args).items() if k not in RESUMABLE} | {"processes": world}
     columns = ["step", *TERMS.get(args.model, TERMS["cp2image"]), "cells_per_s", *VALIDATION]
     step, best = 0, float("inf")
     if args.resume:
@@ -691,15 +704,16 @@ def main(argv=None):
     caught = []
     old_handlers = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    def stop():  # the processes agree on it every 10 steps, or one would wait for the others for ever
-        if world == 1 or not caught and step % 10:
+    def stop():  # several processes agree on it every 10 steps, or one would wait for the others for ever
+        if world == 1:
             return bool(caught)
         if step % 10:
             return False
-        flag = torch.tensor(float(len(caught)), device=device)
+        flag = torch.tensor(float(bool(caught)), device=device)
         dist.all_reduce(flag)
-        caught.extend([signal.SIGTERM] * (flag.item() > 0 and not caught))
-        return bool(caught)
+        if flag.item() > 0 and not caught:
+            caught.append(signal.SIGTERM)
+        return flag.item() > 0
 
     log = open(log_path if rank == 0 else os.devnull, "a", newline="")
     writer = csv.DictWriter(log, columns)
@@ -743,14 +757,18 @@ def main(argv=None):
                 save_atomically(state_of(full=True), last)
                 saved = step
             since, clock = step, time.perf_counter()  # the rate leaves validation and saving out; the eta does not
+        if caught and rank == 0 and saved != step and first_bad < 0:
+            save_atomically(state_of(full=True), last)
+            saved = step
+        if world > 1:
+            dist.barrier()  # torchrun ends the others as soon as one leaves
     finally:
         log.close()
         for s, handler in old_handlers.items():
             signal.signal(s, handler)
     if caught:
-        if rank == 0 and saved != step and first_bad < 0:
-            save_atomically(state_of(full=True), last)
-        say(f"stopped by {signal.Signals(caught[0]).name} at step {step}: {last} is saved; go on with --resume", flush=True)
+        kept = f"{last} is saved; go on with --resume" if saved == step and last.exists() else "nothing new was saved"
+        say(f"stopped by {signal.Signals(caught[0]).name} at step {step}: {kept}", flush=True)
         sys.exit(128 + caught[0])
     minutes = (time.perf_counter() - started) / 60
     kept = "" if is_gan else f", best validation pixel loss {best:.1f} in {run / 'best.pt'}"
