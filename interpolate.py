@@ -433,7 +433,7 @@ def open_latents(lab, G, train, device):
         means = lambda rows: G.encode(lab["images"](rows).to(device))[0].double().cpu().numpy()
         lab["z"] = lambda rows: np.concatenate([means(part) for part in np.split(rows, range(256, len(rows), 256))])
         return lab["z"](train)
-    noise = torch.randn(NOISE + FRESH, G.latent, generator=torch.Generator().manual_seed(lab["seed"])).double().numpy()
+    noise = model.noise(G, NOISE + FRESH, lab["seed"]).double().numpy()
     drawn = functools.cache(lambda: lab["look"](lab["paint"](noise[:NOISE])))  # measured once, where a figure asks for it
     lab["cells"], lab["rows"], lab["images"] = pd.DataFrame({"cell": [f"noise{i}" for i in range(NOISE)]}), np.arange(NOISE), None
     lab["z"], lab["raw"] = lambda rows: noise[rows], lambda rows: drawn()[rows]
