@@ -817,12 +817,14 @@ def compare_runs(labels, tables, kinds):
     own = ("generated", "free samples", "representation", BARE)
     name = lambda label: lambda who: label if who == "generated" else f"{label} {who}"
     parts = [t[t["who"].isin(own)].assign(who=lambda f: f["who"].map(name(label))) for label, t in zip(labels, tables)]
-    long = pd.concat([*parts, tables[0][~tables[0]["who"].isin(own)]]).groupby(["who", "quantity"], sort=False)["value"].agg(
-        mean="mean", sd="std", runs="count", values=lambda v: " ".join(f"{x:.6g}" for x in v)).reset_index()
+    long = pd.concat([*parts, tables[0][~tables[0]["who"].isin(own)]]).groupby(["who", "quantity"], sort=False).agg(
+        mean=("value", "mean"), sd=("value", "std"), runs=("value", "count"), n=("n", "min"),
+        values=("value", lambda v: " ".join(f"{x:.6g}" for x in v))).reset_index()
     kind_of = {name(label)(what): name(kind)(what) for label, kind in kinds.items() for what in own}
     published = {who: PUBLISHED.get(kind_of.get(who, who), {}) for who in long["who"]}
     long["paper, not comparable"] = [published[who].get(quantity, "") for who, quantity in zip(long["who"], long["quantity"])]
-    text = [f"{m:.4g}" + (f" ± {s:.2g}" if np.isfinite(s) else "") if np.isfinite(m) else "-" for m, s in zip(long["mean"], long["sd"])]
+    text = [f"{m:.4g}" + (f" ± {s:.2g}" if np.isfinite(s) else "") + (f" (n {n})" if q.startswith("NSC") else "") if np.isfinite(m) else "-"
+            for m, s, n, q in zip(long["mean"], long["sd"], long["n"], long["quantity"])]
     lines = []
     for title, pattern in TABLES.items():
         some = long.assign(text=text)[long["quantity"].str.fullmatch(pattern)]

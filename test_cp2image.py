@@ -987,7 +987,7 @@ def test_baselines_are_judged(judged):
     assert ("vae free samples", "nucleus found") in table and ("lsgan", "pixel loss") not in table
     text = (judged / "three/comparison.md").read_text()
     first, second = text.split("Table 1 of CytoGAN")
-    assert "| vae | 1 |" in first and "FID 351.96 ± 5.3" in first and "| input CP vectors | 1 |" in second and "NSC 0.43" in second
+    assert "| vae | 1 |" in first and "FID 351.96 ± 5.3" in first and "| input CP vectors | 1 |" in second and "NSC 0.43" in second and re.search(r"\| 0\.?\d* \(n \d+\) \|", second)
     assert json.loads((judged / "three/grid.json").read_text())["rows"] == ["original", "cp2image", "vae", "lsgan, free samples"]
     folder, path = data.open_folder(judged / "data"), judged / "lsgan-seed0/last.pt"
     G, D, rows = model.load(path), model.load_metric(path), folder.rows("train")[:300]
