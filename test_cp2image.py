@@ -1772,6 +1772,7 @@ def test_two_processes_are_one_average(folder_path, tmp_path):
     torch.manual_seed(0)
     G, D = model.networks("cp2image", 28)
     opts = torch.optim.Adam(G.parameters(), lr=0.01, eps=1e-7), torch.optim.SGD(D.parameters(), lr=0.001, momentum=0.9)
+    start = copy.deepcopy((G, D))
     for step in range(2):
         grads = []
         for rank in range(2):
@@ -1791,9 +1792,10 @@ def test_two_processes_are_one_average(folder_path, tmp_path):
         for net, opt in zip((G, D), opts):
             train.decay(net, 1e-4)
             opt.step()
-    for net, name in ((G, "G"), (D, "D")):
-        for k, v in net.state_dict().items():
-            assert torch.allclose(v, state[name][k], rtol=1e-3, atol=2e-4), (name, k)  # float32, Adam's first steps are signs of gradients
+    for net, first, name in zip((G, D), start, "GD"):
+        before = first.state_dict()
+        for k, v in net.state_dict().items():  # Adam's first steps are signs of gradients: where one is near 0 rounding can turn it
+            assert (v - state[name][k]).norm() < 0.1 * (v - before[k]).norm() + 1e-5, (name, k)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder_path, tmp_path):
