@@ -1,6 +1,8 @@
-"""Train CP2Image on a prepared folder: the generator learns to draw a cell from its CellProfiler measurements.
+"""Train CP2Image on a prepared folder: the generator learns to draw a cell from its CellProfiler measurements. Or a baseline of it.
 
     python train.py --data out/ --steps 300 --hidden-ramp 50
+    python train.py --data out/ --model vaeplus
+    torchrun --nproc_per_node=4 -- train.py --data out/          # the `--` keeps --run from torchrun
 
 Reads the folder of prepare_bbbc021.py. Writes RUN/last.pt (all that resuming and drawing need), RUN/best.pt (the generator with
 the lowest validation pixel loss; not for GANs), RUN/log.csv, RUN/args.json and RUN/samples/*.png. Cost: see the README's speed table.
