@@ -1,6 +1,6 @@
 """Train CP2Image on a prepared folder: the generator learns to draw a cell from its CellProfiler measurements. Or a baseline of it.
 
-    python train.py --data out/ --steps 300 --hidden-ramp 50
+    python train.py --data out/ --steps 300
     python train.py --data out/ --model vaeplus
     torchrun --nproc_per_node=4 -- train.py --data out/          # the `--` keeps --run from torchrun
 
