@@ -609,8 +609,8 @@ def generated(G, folder, rows, device, z=None):
 
     (N, C, 68, 68) in 0..1, on the CPU.
     """
-    z = z if z is None else z.to(device)
-    return model.draw(G, features_of(folder, rows).to(device), images_of(folder, rows, G).to(device), z).clamp(0, 1).cpu()
+    given = {"features": lambda: features_of(folder, rows), "images": lambda: images_of(folder, rows, G), "noise": lambda: z}[G.takes]()
+    return G(given.to(device)).clamp(0, 1).cpu()
 
 
 @torch.no_grad()
@@ -679,6 +679,12 @@ def look(real, other, D, n, channels, device, engine="ours"):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tables: lists of RECORDs, and {what is absent: why}
+
+
+def found_record(who, seen, seed):
+    """In how many of a contestant's pictures (seen: frame, a row each) a nucleus was found: all that free samples share with the cells."""
+    found, n = seen.notna().any(axis=1).to_numpy(), len(seen)
+    return who, "nucleus found", found.mean(), *bootstrap(lambda w: w @ found[:, None] / n, n, seed)[:, 0], n, "measurements"
 
 
 def paired_records(who, losses, real, other, seed):
@@ -758,8 +764,8 @@ def judge(G, D, folder, rows, seed, device, net=None, subset=None, engine="ours"
         losses, seen = look(draw["real"], draw[who], D, len(rows), folder.channels, device, engine)
         real = seen if real is None else real
         found = seen.notna().any(axis=1)
-        records, is_free = paired_records(who, losses, real, seen, seed), who == "free samples" or who == "generated" and G.takes == "noise"
-        paired += [r for r in records if r[1] == "nucleus found"] if is_free else records
+        is_free = who == "free samples" or who == "generated" and G.takes == "noise"
+        paired += [found_record(who, seen, seed)] if is_free else paired_records(who, losses, real, seen, seed)
         usual = seen.columns[seen.notna().sum() / found.sum() >= 0.95]  # some measurements are never defined
         wells[who] = well_profiles(cells[found], seen)[[*WELL_COLUMNS, *usual]]
         if is_free:
@@ -767,12 +773,7 @@ def judge(G, D, folder, rows, seed, device, net=None, subset=None, engine="ours"
         elif who == "generated":
             features = feature_table(real, seen, given, folder.treatment[rows], folder.channels, G.image_norm)
             survived = features, real[features.index[:6]], seen[features.index[:6]]
-        try:
-            points[who] = [in_cp_space(seen[i][found[i]], space) for i in (slice(half), slice(half, 2 * half)) if half >= 20]
-        except InputError as error:  # an infinite value
-            if who == "real":
-                raise
-            absent[f"FD-CP of {who}"] = str(error)
+        points[who] = [in_cp_space(seen[i][found[i]], space) for i in (slice(half), slice(half, 2 * half)) if half >= 20]
         del seen  # before the next is measured
     del real, given
 
