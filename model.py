@@ -43,42 +43,52 @@ def conv(c_in, c_out, k, padding=0):
     return layer
 
 
+def channels_last(x):
+    """x (B, C, H, W) with the channels of a pixel side by side in memory, which all layers here keep: twice as fast on a CPU."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def by_row(x):
+    """x (B, C, H, W), channels last -> (B * H, W * C), a view."""
+    return x.permute(0, 2, 3, 1).reshape(len(x) * x.shape[2], -1)
+
+
 class Normalise(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps) * weight + bias with mean and variance of x (B, C, H, W), for x and for `follow` (B', C, H, W) or None.
+    """(part - mean) / sqrt(var + eps) * weight + bias with mean and variance of x, for x itself or others in `parts`, all (B, C, H, W).
 
     The same function as `torch.var_mean(x, (0, 2, 3), correction=0)` and plain arithmetic (a test holds them against each other in
-    float64), with torch's fused kernels: 5 times faster on a CPU. The gradient of `follow` reaches x through the moments. A gradient
-    that is not asked for costs nothing: the discriminator's own never touches `follow`.
+    float64), with torch's fused kernels. The gradient of every part reaches x through the moments; one that is not asked for costs
+    nothing. Returns (*normalised parts, mean (C,), biased variance (C,)).
     """
 
     @staticmethod
-    def forward(ctx, weight, bias, x, follow):
-        y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, EPS)
-        var = rstd ** -2 - EPS  # biased
-        ctx.save_for_backward(weight, x, follow, mean, rstd, var)
+    def forward(ctx, weight, bias, x, *parts):
+        like = torch.zeros(2, x.shape[3] * x.shape[1], dtype=weight.dtype, device=x.device)  # says: moments in this precision
+        columns = torch.batch_norm_update_stats(by_row(x), *like, 0.0)  # of each column: over all pixels it loses three digits on a CPU
+        mean, var = (v.view(x.shape[3], -1) for v in columns)
+        mean, var = mean.mean(0), var.mean(0) + mean.var(0, correction=0)
+        ctx.save_for_backward(weight, mean, var, x, *parts)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, var)
-        return y, None if follow is None else F.batch_norm(follow, mean, var, weight, bias, False, 0.0, EPS), mean, var
+        return *(v if v is None else F.batch_norm(v, mean, var, weight, bias, False, 0.0, EPS) for v in parts), mean, var
 
     @staticmethod
-    def backward(ctx, grad, grad_follow, *_):
-        weight, x, follow, mean, rstd, var = ctx.saved_tensors
-        backward = torch.ops.aten.native_batch_norm_backward
-        if grad_follow is None:
-            if grad is None:
-                return None, None, None, None
-            grad_x, grad_weight, grad_bias = backward(grad.contiguous(), x, weight, None, None, mean, rstd, True, EPS, [True, True, True])
-            return grad_weight, grad_bias, grad_x, None
-        grad = torch.zeros_like(x) if grad is None else grad.contiguous()
-        (grad_x, *own), (grad_follow, *its) = (
-            backward(g, v, weight, mean, var, None, None, False, EPS, [True, True, True])  # mean and var held fixed
-            for g, v in ((grad, x), (grad_follow.contiguous(), follow)))
-        grad_weight, grad_bias = (p + q for p, q in zip(own, its))
-        count = x.numel() / len(weight)
+    def backward(ctx, *grads):
+        weight, mean, var, x, *parts = ctx.saved_tensors
+        rstd, count = (var + EPS).rsqrt(), x.numel() / len(weight)
+        grad_weight, grad_bias, grad_parts = torch.zeros_like(weight), torch.zeros_like(weight), []
+        for grad, v in zip(grads, parts):
+            if grad is not None:  # mean and variance held fixed
+                width = v.shape[3]
+                grad, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+                    by_row(grad), by_row(v), *(p.repeat(width) for p in (weight, mean, var, mean, rstd)), False, EPS, [True, True, True])
+                grad = grad.view(len(v), v.shape[2], width, -1).permute(0, 3, 1, 2)
+                grad_weight, grad_bias = grad_weight + of_weight.view(width, -1).sum(0), grad_bias + of_bias.view(width, -1).sum(0)
+            grad_parts.append(grad)
         slope = -weight * rstd ** 2 * grad_weight / count  # what a pixel of x adds through the variance ...
         shift = -weight * rstd * grad_bias / count - slope * mean  # ... and through the mean
-        grad_x.addcmul_(x, slope[:, None, None].to(x.dtype)).add_(shift[:, None, None].to(x.dtype))
-        return grad_weight, grad_bias, grad_x, grad_follow
+        grad_x = torch.addcmul(shift[:, None, None].to(x.dtype), x, slope[:, None, None].to(x.dtype))
+        return grad_weight, grad_bias, grad_x, *grad_parts
 
 
 normalise = Normalise.apply
@@ -89,6 +99,7 @@ class BatchNorm(nn.Module):
 
     Two things differ from torch's: the running variance is the biased one, and in training images may `follow`, normalised by the
     moments of x and no part of them (the discriminator's rule): a pair is then returned. With `moments=False` only weight and bias act.
+    With `pool`, max-pooling by 2 comes after it; x must then come from an `upright` kernel.
     """
 
     def __init__(self, channels, moments=True):
@@ -99,43 +110,28 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
-    def forward(self, x, follow=None):
-        if self.moments and self.training:
-            y, y_follow, mean, var = normalise(self.weight, self.bias, x, follow)
+    def sign(self):
+        return torch.where(self.weight.detach() < 0, -1.0, 1.0).to(self.weight)
+
+    def upright(self, kernel):
+        """The kernel (C, C_in, k, k) with the channels negated whose weight here is negative: the largest before batch norm is then the
+        largest after it, so that pooling may stand before it, on a quarter of the work."""
+        return kernel * self.sign()[:, None, None, None]
+
+    def forward(self, x, follow=None, pool=False):
+        sign = self.sign() if pool else torch.ones_like(self.weight)
+        weight, parts = self.weight * sign, [F.max_pool2d(v, 2) if pool and v is not None else v for v in (x, follow)]
+        if not self.moments:
+            y, y_follow = (v if v is None else v * weight[:, None, None] + self.bias[:, None, None] for v in parts)
+        elif self.training:
+            y, y_follow, mean, var = normalise(weight, self.bias, x, *parts)
             with torch.no_grad():
-                self.running_mean.lerp_(mean, MOMENTUM)
+                self.running_mean.lerp_(mean * sign, MOMENTUM)
                 self.running_var.lerp_(var, MOMENTUM)
-            return y if follow is None else (y, y_follow)
-        if follow is not None:  # without moments of the batch every image stands for itself
-            return self(x), self(follow)
-        if self.moments:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, EPS)
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
-
-
-class MaxPool(torch.autograd.Function):
-    """F.max_pool2d(x, 2) of x (B, C, H, W), H and W even, for a CPU: half the time, by rows and then columns; ties go to the first."""
-
-    @staticmethod
-    def forward(ctx, x):
-        width = x.shape[3]
-        top, bottom = x.unflatten(2, (-1, 2)).unbind(3)  # (B, C, H / 2, W)
-        left, right = torch.maximum(top, bottom).unflatten(3, (-1, 2)).unbind(4)  # (B, C, H / 2, W / 2)
-        lower_left, lower_right = (bottom > top).unflatten(3, (-1, 2)).unbind(4)
-        to_right = right > left
-        corner = 2 * width * torch.arange(left.shape[2])[:, None] + 2 * torch.arange(left.shape[3])
-        place = torch.where(torch.where(to_right, lower_right, lower_left), corner + width, corner) + to_right
-        ctx.save_for_backward(x, place)
-        return torch.maximum(left, right)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, place = ctx.saved_tensors
-        return torch.ops.aten.max_pool2d_with_indices_backward(grad, x, [2, 2], [2, 2], [0, 0], [1, 1], False, place)
-
-
-def max_pool(x):
-    return F.max_pool2d(x, 2) if x.is_cuda else MaxPool.apply(x)
+        else:
+            y, y_follow = (v if v is None else F.batch_norm(v, self.running_mean * sign, self.running_var, weight, self.bias, False, 0.0, EPS)
+                           for v in parts)
+        return y if follow is None else (y, y_follow)
 
 
 def leaky(x):
@@ -144,7 +140,7 @@ def leaky(x):
 
 def spread_vector(f, weight):
     """A zero-padded 5x5 convolution of a 1x1 map, F.conv2d(f[:, :, None, None], weight, padding=4), as one matrix product."""
-    return torch.einsum("bi,oihw->bohw", f, weight.flip(2, 3))  # (B, C, 5, 5)
+    return torch.einsum("bi,oihw->bhwo", f, weight.flip(2, 3)).permute(0, 3, 1, 2)  # (B, C, 5, 5)
 
 
 def phases(weight):
@@ -153,14 +149,25 @@ def phases(weight):
     Neighbouring taps then fall on the same pixel: at even places the five act as three, 0+1, 2+3, 4, at odd ones as 0, 1+2, 3+4.
     """
     for _ in "width", "height":
-        t0, t1, t2, t3, t4 = weight.unbind(3)
-        weight = torch.stack([torch.stack([t0 + t1, t2 + t3, t4], 3), torch.stack([t0, t1 + t2, t3 + t4], 3)], 1)
-    return weight.flatten(0, 2)  # (C, 2 rows, 2 columns, C_in, 3, 3)
+        t0, t1, t2, t3, t4 = weight.unbind(-1)
+        weight = torch.stack([torch.stack([t0 + t1, t2 + t3, t4], -1), torch.stack([t0, t1 + t2, t3 + t4], -1)]).transpose(-1, -2)
+    return weight.flatten(0, 2)  # (2 rows, 2 columns, C, C_in, 3, 3)
 
 
 def double_and_convolve(h, weight, padding=4):
-    """F.conv2d(F.interpolate(h, scale_factor=2), weight, padding=padding), weight 5x5, an even padding: 36 % of its multiplications."""
-    return F.pixel_shuffle(F.conv2d(h, phases(weight), padding=padding // 2), 2)  # (B, C, n, n) -> (B, C, 2n - 4 + 2 padding, ...)
+    """F.conv2d(F.interpolate(h, scale_factor=2), weight, padding=padding), weight 5x5, an even padding: 36 % of its multiplications.
+
+    The pixels come in another order, (B, C, n, 4 n) for (B, C, 2 n, 2 n): batch norm does not see it; `in_place` puts them right.
+    """
+    y = F.conv2d(h, phases(weight), padding=padding // 2).permute(0, 2, 3, 1)  # (B, n, n, 4 C)
+    return y.unflatten(3, (4, -1)).flatten(2, 3).permute(0, 3, 1, 2)
+
+
+def in_place(y):
+    """The four phases, side by side as (B, C, n, 4 n) or (B, 4 C, n, n), where their pixels belong: (B, C, 2 n, 2 n)."""
+    n = y.shape[2]
+    y = y.permute(0, 2, 3, 1).reshape(len(y), n, n, 2, 2, -1).transpose(2, 3)  # (B, n, 2 rows, n, 2 columns, C)
+    return y.reshape(len(y), 2 * n, 2 * n, -1).permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,10 +191,10 @@ class Generator(nn.Module):
 
     def forward(self, f):
         h = leaky(self.bn0(spread_vector(f, self.conv0.weight)))  # (B, 32, 5, 5)
-        h = leaky(self.bn1(double_and_convolve(h, self.conv1.weight)))  # nearest to 10, (B, 32, 14, 14)
-        h = leaky(self.bn2(double_and_convolve(h, self.conv2.weight)))  # nearest to 28, (B, 32, 32, 32)
+        h = in_place(leaky(self.bn1(double_and_convolve(h, self.conv1.weight))))  # nearest to 10, (B, 32, 14, 14)
+        h = in_place(leaky(self.bn2(double_and_convolve(h, self.conv2.weight))))  # nearest to 28, (B, 32, 32, 32)
         h = leaky(self.bn3(double_and_convolve(h, self.conv3.weight)))  # nearest to 64, (B, 32, 68, 68)
-        return leaky(self.bn_out(self.conv_out(h)))  # (B, C, 68, 68)
+        return in_place(leaky(self.bn_out(self.conv_out(h))))  # (B, C, 68, 68)
 
 
 class Discriminator(nn.Module):
@@ -207,17 +214,19 @@ class Discriminator(nn.Module):
             setattr(self, f"bn{i}", BatchNorm(c_out, moments=batch_norm))
 
     def layer(self, i, x, follow):
-        device = (x[0] if isinstance(x, tuple) else x).device.type
+        bn, device = getattr(self, f"bn{i}"), (x[0] if isinstance(x, tuple) else x).device.type
         with torch.autocast(device, enabled=False):  # spectral norm in full precision
             weight = getattr(self, f"conv{i}").weight  # once for both: it iterates when it is read
+            weight = bn.upright(weight) if i < 3 else weight
         y = torch.cat([F.conv2d(part, weight) for part in x]) if isinstance(x, tuple) else F.conv2d(x, weight)
-        y = getattr(self, f"bn{i}")(y, None if follow is None else F.conv2d(follow, weight))
+        y = bn(y, None if follow is None else F.conv2d(follow, weight), pool=i < 3)
         return (y, None) if follow is None else y
 
     def forward(self, x, follow=None):
-        h, h_follow, pair = [], [], (x, follow)
+        x = tuple(map(channels_last, x)) if isinstance(x, tuple) else channels_last(x)
+        h, h_follow, pair = [], [], (x, None if follow is None else channels_last(follow))
         for i in range(4):  # (B, 32, 32, 32), (B, 32, 14, 14), (B, 32, 5, 5), (B, 64, 1, 1)
-            pair = [None if v is None else leaky(max_pool(v) if i < 3 else v) for v in self.layer(i, *pair)]  # pooling stands first
+            pair = [None if v is None else leaky(v) for v in self.layer(i, *pair)]
             h, h_follow = [*h, pair[0]], [*h_follow, pair[1]]
         logit, logit_follow = self.layer(4, *pair)
         return (logit.flatten(), h) if follow is None else ((logit.flatten(), h), (logit_follow.flatten(), h_follow))
@@ -243,8 +252,10 @@ class VAE(nn.Module):
         """Images -> means and log variances of the latent (B, latent) each; InputError for another size than 68 x 68."""
         if x.shape[2:] != (SIZE, SIZE):
             raise InputError(f"images of {x.shape[2]} x {x.shape[3]} pixels: the VAE's layers are made for {SIZE} x {SIZE}")
+        x = channels_last(x)
         for i in range(3):
-            x = leaky(max_pool(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x))))  # (B, 32, 32, 32), 14, 5
+            layer, bn = getattr(self, f"conv{i}"), getattr(self, f"bn{i}")
+            x = leaky(bn(F.conv2d(x, bn.upright(layer.weight)), pool=True))  # (B, 32, 32, 32), 14, 5
         return self.bn3(self.conv3(x)).flatten(1).chunk(2, 1)
 
     def decode(self, z):
@@ -280,7 +291,7 @@ class NoiseGenerator(nn.Module):
         h = F.leaky_relu(self.bn0(self.dense(z)), 0.2).unflatten(1, (256, self.start, self.start))  # (B, 256, 9, 9) for 68 pixels
         for i in (1, 2, 3):
             layer = getattr(self, f"conv{i}")
-            h = double_and_convolve(h, layer.weight, 2) + layer.bias[:, None, None]  # (B, 128, 18, 18), (B, 64, 36, 36), (B, 32, 72, 72)
+            h = in_place(double_and_convolve(h, layer.weight, 2)) + layer.bias[:, None, None]  # (B, 128, 18, 18), (B, 64, 36, 36), (B, 32, 72, 72)
             h = F.leaky_relu(getattr(self, f"bn{i}")(h), 0.2)
         x = (torch.tanh(self.conv4(h)) + 1) / 2
         cut = (x.shape[2] - self.size) // 2
@@ -346,22 +357,21 @@ class Folded(nn.Module):
             return layer.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
 
         weight, bias = fold(G.conv0, G.bn0)
-        tensors = {"weight0": weight.flip(2, 3).movedim(1, 0).flatten(1).contiguous(), "bias0": bias.repeat_interleave(25)}  # (F, 32 * 25)
+        tensors = {"weight0": weight.flip(2, 3).permute(1, 2, 3, 0).flatten(1), "bias0": bias.repeat(25)}  # (F, 25 * 32)
         for i in (1, 2, 3):
             weight, bias = fold(getattr(G, f"conv{i}"), getattr(G, f"bn{i}"))
-            tensors |= {f"weight{i}": phases(weight), f"bias{i}": bias.repeat_interleave(4)}
-        weight, bias = fold(G.conv_out, G.bn_out)  # acts on the four kinds of pixel one by one, before they are interleaved
-        weight = torch.einsum("oi,pq->opiq", weight[:, :, 0, 0], torch.eye(4).to(weight)).flatten(2).flatten(0, 1)
-        tensors |= {"weight4": weight[:, :, None, None], "bias4": bias.repeat_interleave(4)}
+            tensors |= {f"weight{i}": channels_last(phases(weight)), f"bias{i}": bias.repeat(4)}
+        weight, bias = fold(G.conv_out, G.bn_out)
+        tensors |= {"weight4": channels_last(torch.block_diag(*4 * [weight[:, :, 0, 0]])[:, :, None, None]), "bias4": bias.repeat(4)}
         for name, value in tensors.items():
             self.register_buffer(name, value.detach())
 
     def forward(self, f):
-        h = leaky_(torch.addmm(self.bias0, f, self.weight0)).view(-1, 32, 5, 5)
-        h = F.pixel_shuffle(leaky_(F.conv2d(h, self.weight1, self.bias1, padding=2)), 2)  # (B, 32, 14, 14)
-        h = F.pixel_shuffle(leaky_(F.conv2d(h, self.weight2, self.bias2, padding=2)), 2)  # (B, 32, 32, 32)
+        h = leaky_(torch.addmm(self.bias0, f, self.weight0)).view(-1, 5, 5, 32).permute(0, 3, 1, 2)
+        h = in_place(leaky_(F.conv2d(h, self.weight1, self.bias1, padding=2)))  # (B, 32, 14, 14)
+        h = in_place(leaky_(F.conv2d(h, self.weight2, self.bias2, padding=2)))  # (B, 32, 32, 32)
         h = leaky_(F.conv2d(h, self.weight3, self.bias3, padding=2))  # (B, 4 * 32, 34, 34)
-        return F.pixel_shuffle(leaky_(F.conv2d(h, self.weight4, self.bias4)), 2)  # (B, C, 68, 68)
+        return in_place(leaky_(F.conv2d(h, self.weight4, self.bias4)))  # (B, C, 68, 68)
 
 
 def draw(G, f, x, z):

@@ -438,7 +438,9 @@ def pick_device(name):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep freed memory for the next tensor: giving it back and faulting it in again made a CPU step 2 to 7 times slower."""
+    """Has freed memory kept for the next tensor (giving it back and faulting it in again made a CPU step 2 to 7 times slower), in large
+    pages. To be called before the first tensor."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's own switch for large pages
     try:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1), mallopt(-4, 0)  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no separate mappings
@@ -448,29 +450,35 @@ def keep_freed_memory():
 
 def plain_layers():
     """The layers as the released code has them, in place of model.py's rewrites, for --bench and the tests: a context manager."""
-    def normalise(weight, bias, x, follow=None, n=None):
-        var, mean = torch.var_mean(x[:n], (0, 2, 3), correction=0)
-        mean, var, weight, bias = (v[:, None, None] for v in (mean, var, weight, bias))
-        ys = (v if v is None else (v - mean) / (var + model.EPS).sqrt() * weight + bias for v in (x, follow))
-        return *ys, mean.detach().flatten(), var.detach().flatten()
+    def batch_norm(bn, x, follow=None, pool=False, n=None):
+        if follow is not None:
+            return batch_norm(bn, torch.cat([x, follow]), None, pool, len(x)).tensor_split([len(x)])
+        weight, bias = bn.weight[:, None, None], bn.bias[:, None, None]
+        if not bn.moments:
+            y = x * weight + bias
+        elif bn.training:
+            var, mean = torch.var_mean(x[:n], (0, 2, 3), correction=0)
+            y = (x - mean[:, None, None]) / (var[:, None, None] + model.EPS).sqrt() * weight + bias
+            with torch.no_grad():
+                bn.running_mean.lerp_(mean, model.MOMENTUM), bn.running_var.lerp_(var, model.MOMENTUM)
+        else:
+            y = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, model.EPS)
+        return F.max_pool2d(y, 2) if pool else y
 
     def forward(D, x, follow=None):  # one pass over all images, the moments from x
         n, h = sum(map(len, x)) if isinstance(x, tuple) else len(x), []
         x = torch.cat([*(x if isinstance(x, tuple) else (x,)), *(() if follow is None else (follow,))])
         for i in range(5):
-            bn, y = getattr(D, f"bn{i}"), F.conv2d(x, getattr(D, f"conv{i}").weight)
-            y, _, mean, var = normalise(bn.weight, bn.bias, y, n=n)
-            with torch.no_grad():
-                bn.running_mean.lerp_(mean, model.MOMENTUM), bn.running_var.lerp_(var, model.MOMENTUM)
-            x = y if i == 4 else model.leaky(F.max_pool2d(y, 2) if i < 3 else y)
+            y = batch_norm(getattr(D, f"bn{i}"), F.conv2d(x, getattr(D, f"conv{i}").weight), pool=i < 3, n=n)
+            x = y if i == 4 else model.leaky(y)
             h.append(x)
         logit, *h = h.pop().flatten(), *h
         return (logit, h) if follow is None else ((logit[:n], [m[:n] for m in h]), (logit[n:], [m[n:] for m in h]))
 
-    replaced = {(model, "normalise"): normalise,
-                (model, "spread_vector"): lambda f, weight: F.conv2d(f[:, :, None, None], weight, padding=4),
+    replaced = {(model, "spread_vector"): lambda f, weight: F.conv2d(f[:, :, None, None], weight, padding=4),
                 (model, "double_and_convolve"): lambda h, weight, pad=4: F.conv2d(F.interpolate(h, scale_factor=2), weight, padding=pad),
-                (model, "max_pool"): lambda x: F.max_pool2d(x, 2), (model.Discriminator, "forward"): forward}
+                (model, "in_place"): lambda y: y, (model, "channels_last"): lambda x: x, (model.BatchNorm, "upright"): lambda bn, kernel: kernel,
+                (model.BatchNorm, "forward"): batch_norm, (model.Discriminator, "forward"): forward}
     stack = contextlib.ExitStack()
     for (owner, name), function in replaced.items():
         stack.callback(setattr, owner, name, getattr(owner, name))
@@ -609,16 +617,16 @@ def main(argv=None):
         f"seed {args.seed} | {device} ({torch.get_num_threads()} CPU threads) | amp {args.amp} | data "
         f"{'on the device' if resident else 'read as needed'} | {'CUDA graph' if graph else 'eager'} | torch {torch.__version__}", flush=True)
 
-    shared = {"weight_decay": args.weight_decay, "amp": amp, "scaler": scaler}
+    shared = {"weight_decay": args.weight_decay, "scaler": scaler}
     metric = {"ramp": args.hidden_ramp, "pixel_weight": args.pixel_weight, "hidden_weight": args.hidden_weight}
     method = {"cp2image": partial(cp2image_step, order=args.order, **metric), "vae": partial(vae_step, beta=args.beta, **metric)}
     method["vaeplus"] = method["vae"]
     method |= {kind: partial(gan_step, kind=kind, label_low=args.label_low, mix=args.mix) for kind in ("lsgan", "dcgan", "wgan")}
 
-    def body(done, *batch):
+    def body(done, *batch, amp=amp):
         f, x = gather(*batch)
         b = len(f) // 2
-        terms = method.get(args.model, method["cp2image"])(*wrapped, opt_g, opt_d, f[:b], x[:b], x[b:], done, **shared)
+        terms = method.get(args.model, method["cp2image"])(*wrapped, opt_g, opt_d, f[:b], x[:b], x[b:], done, amp=amp, **shared)
         if G_ema is not None:
             with torch.no_grad():
                 for average, now in zip(G_ema.state_dict().values(), G.state_dict().values()):
@@ -644,7 +652,7 @@ def main(argv=None):
         if graph:
             ways[f"the same, eager{compiled}"] = (contextlib.nullcontext, partial(one_step, body=body))
         if not args.compile:
-            ways["plain eager layers"] = (plain_layers, partial(one_step, body=body))
+            ways["plain eager layers in fp32"] = (plain_layers, partial(one_step, body=partial(body, amp=None)))
         bench(args.bench, read, ways, [opt for opt, _ in opts], sampler.batch, device)
         if args.model == "cp2image":
             bench_drawing(args.bench, G, len(folder.features), device)
