@@ -418,7 +418,7 @@ def standardise(raw, centre, scale):
 
 def to_uint8(x):
     """Images in 0..1 -> uint8: clipped, times 255, rounded."""
-    return x.clamp(0, 1).mul(255).round().to(torch.uint8)
+    return x.clamp(0, 1).mul_(255).round_().to(torch.uint8)
 
 
 def read_checkpoint(path, device="cpu"):

@@ -530,14 +530,14 @@ def bench(n, batch_of, steppers, opts, cells, device):
 @torch.no_grad()
 def bench_drawing(n, G, n_features, device):
     """Prints how long G takes from standardised measurements to uint8 pictures in the host's memory, one cell and in batches."""
-    fast, plain = model.Folded(G), copy.deepcopy(G).eval()
+    nets = (model.Folded(G), contextlib.nullcontext), (copy.deepcopy(G).eval(), plain_layers)
     for cells in (1, 32 if device.type == "cpu" else 1024):
         f, times = torch.randn(cells, n_features), ([], [])
-        for _ in range(10 * n + 5):
-            for net, context, found in ((fast, contextlib.nullcontext, times[0]), (plain, plain_layers, times[1])):
-                with context():
-                    found.append(clock(device, lambda: model.to_uint8(net(f.to(device))).cpu())[0])
-        own, other = (statistics.median(found[5:]) for found in times)
+        for _ in range(n + 1):
+            for (net, context), found in zip(nets, times):
+                with context():  # ten in a row: as in use, with its own kernels in the cache
+                    found += [clock(device, lambda: model.to_uint8(net(f.to(device))).cpu())[0] for _ in range(10)]
+        own, other = (statistics.median(found[10:]) for found in times)
         print(f"bench  drawing {cells}: {own:.2f} ms, {1000 * cells / own:.0f} pictures/s; plain layers {other:.2f} ms, {other / own:.2f} times")
 
 
