@@ -65,6 +65,12 @@ def hidden_weights(step, ramp):
     return ((step - ramp * (k + 1)) / ramp).clamp(0, 1) if ramp else torch.ones_like(k, dtype=step.dtype)
 
 
+def fade_in(hidden, step, ramp):
+    """The learned metric: the losses of the hidden maps (4,), each times its weight at this step. While all are 0 no backward pass is made."""
+    weights = hidden_weights(step, ramp)
+    return (weights.to(hidden) * (hidden if weights.is_cuda or weights.any() else hidden.detach())).sum()
+
+
 def discriminator_loss(p_real, p_fake):
     """Binary cross-entropy over the probabilities (B,) of real (target 1) and generated (target 0) images, 1e-7 inside the logarithms."""
     return -0.5 * ((p_real + 1e-7).log().mean() + (1 - p_fake + 1e-7).log().mean())
@@ -107,7 +113,7 @@ def cp2image_step(G, D, opt_g, opt_d, f, x, x_real, step, ramp=2500, pixel_weigh
     `step`: steps already done. `scaler`: a torch.amp.GradScaler for fp16.
     """
     loss_pix, hidden, loss_d, p_real, p_fake, _ = losses(G, D, f, x, x_real, amp)
-    loss_hidden = (hidden_weights(step, ramp).to(hidden) * hidden).sum()
+    loss_hidden = fade_in(hidden, step, ramp)
     loss_g = pixel_weight * loss_pix + hidden_weight * loss_hidden  # no adversarial term
 
     if order == "shared":
@@ -132,7 +138,7 @@ def vae_step(G, D, opt_g, opt_d, f, x, x_real, step, beta=2.0, ramp=2500, pixel_
         update([(G, opt_g, loss_g)], weight_decay, scaler)
         return torch.stack([kl, loss_pix]).detach()
     hidden, loss_d, p_real, p_fake = compare(D, x, x_fake, x_real, amp)
-    loss_hidden = (hidden_weights(step, ramp).to(hidden) * hidden).sum()
+    loss_hidden = fade_in(hidden, step, ramp)
     update([(G, opt_g, loss_g + hidden_weight * loss_hidden), (D, opt_d, loss_d)], weight_decay, scaler)
     return torch.stack([kl, loss_d, p_real.mean(), p_fake.mean(), loss_pix, loss_hidden, *hidden]).detach()
 
@@ -496,11 +502,11 @@ def clock(device, call, *arguments):
     return 1000 * (time.perf_counter() - start), result
 
 
-def bench(n, batch_of, steppers, opts, cells, device):
+def bench(n, batch_of, steppers, opts, cells, device, first=0):
     """Prints ms a step, cells/s, peak memory and the share of batch, updates and the rest, for each of `steppers` {name: (context, step)}.
 
-    n steps of each in turn, so that a busy machine slows all alike. It waits for the device after every part, so training, where reading
-    overlaps, is no slower. The share of updates is that of eager ones, so it is left out for a graph.
+    n steps of each in turn, from step `first`, so that a busy machine slows all alike. It waits for the device after every part, so
+    training, where reading overlaps, is no slower. The share of updates is that of eager ones, so it is left out for a graph.
     """
     times, peaks, batches = {name: [] for name in steppers}, dict.fromkeys(steppers, 0), itertools.count()
     for i in range(n + 5):
@@ -509,20 +515,20 @@ def bench(n, batch_of, steppers, opts, cells, device):
                 torch.cuda.reset_peak_memory_stats(device)
             with context():
                 loading, batch = clock(device, batch_of, next(batches))
-                stepping, _ = clock(device, step, i, batch)
+                stepping, _ = clock(device, step, first + i, batch)
                 used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
                 updating, _ = clock(device, lambda: [opt.step() for opt in opts])  # once more, alone
             times[name].append((loading + stepping, loading, updating))
             peaks[name] = max(peaks[name], used)
-    first = None
+    fastest = None
     for name, rows in times.items():
         total, loading, updating = (statistics.median(column) for column in zip(*rows[5:]))
-        first = first or total
+        fastest = fastest or total
         parts = f"batch {loading / total:.0%}"
         if "graph" not in name:
             parts += f", updates {updating / total:.0%}, forward and backward {1 - (loading + updating) / total:.0%}"
         memory = f"; at most {peaks[name] / 2 ** 30:.2f} GiB on the device" if peaks[name] else ""
-        print(f"bench  {name}: {total:.2f} ms a step (median of {n}), {1000 * cells / total:.0f} cells/s, {total / first:.2f} times the "
+        print(f"bench  {name}: {total:.2f} ms a step (median of {n}), {1000 * cells / total:.0f} cells/s, {total / fastest:.2f} times the "
               f"first; {parts}{memory}")
     print(f"bench  peak memory of the process, all together {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
 
@@ -653,7 +659,7 @@ def main(argv=None):
             ways[f"the same, eager{compiled}"] = (contextlib.nullcontext, partial(one_step, body=body))
         if not args.compile:
             ways["plain eager layers in fp32"] = (plain_layers, partial(one_step, body=partial(body, amp=None)))
-        bench(args.bench, read, ways, [opt for opt, _ in opts], sampler.batch, device)
+        bench(args.bench, read, ways, [opt for opt, _ in opts], sampler.batch, device, (model.HIDDEN_MAPS + 1) * args.hidden_ramp)  # all maps act
         if args.model == "cp2image":
             bench_drawing(args.bench, G, len(folder.features), device)
         return
