@@ -30,7 +30,7 @@ from torch import nn
 import data
 import model
 from data import InputError
-from prepare_bbbc021 import ENGINES, segment
+from prepare_bbbc021 import ENGINES, measurements
 
 # The FID weights: Google's Inception graph of 2015-12-05 as ported by pytorch-fid
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -63,9 +63,7 @@ def unit(c_in, c_out, kernel, stride=1, padding="same"):
 
 class Mixed(nn.Module):
     """Parallel branches, concatenated; the last is `pool`, then (if `c_pool` is given) a 1x1 convolution to c_pool channels.
-
-    A branch lists its convolutions as (c_out, kernel, stride, padding); two in one bracket are a fork, both ends kept.
-    """
+    A branch lists its convolutions as (c_out, kernel, stride, padding); two in one bracket are a fork, both ends kept."""
 
     def __init__(self, c_in, pool, c_pool=None, **branches):
         super().__init__()
@@ -94,9 +92,7 @@ class Mixed(nn.Module):
 
 class Inception(nn.Module):
     """Inception-v3 for FID: images (B, 3, H, W) in 0..1 -> features (B, 2048), the average of Mixed_7c over space.
-
-    Unlike torchvision's, its average pools leave the padding out and Mixed_7c pools by maximum (pytorch-fid inception.py).
-    """
+    Unlike torchvision's, its average pools leave the padding out and Mixed_7c pools by maximum (pytorch-fid inception.py)."""
 
     def __init__(self):
         super().__init__()
@@ -175,9 +171,7 @@ def check_sets(*sets, least=1):
 
 def add_moments(moments, x):
     """Running (n, mean (d,), scatter (d, d)) float64 after one more batch x (B, d), from None; covariance = scatter / (n - 1).
-
-    Batches merge about their own means (Chan et al. 1979), so that their size and order only change the last digits.
-    """
+    Batches merge about their own means (Chan et al. 1979), so that their size and order only change the last digits."""
     x, = check_sets(x)
     n_x, mean_x = len(x), x.mean(0, dtype=np.float64)
     scatter_x = (x - mean_x).T @ (x - mean_x)
@@ -186,12 +180,6 @@ def add_moments(moments, x):
     n, mean, scatter = moments
     shift, total = mean_x - mean, n + n_x
     return total, mean + shift * n_x / total, scatter + scatter_x + np.outer(shift, shift) * (n * n_x / total)
-
-
-def covariance_root(covariance):
-    """R (d, d) with R'R = covariance, which may be singular."""
-    w, v = np.linalg.eigh(covariance)
-    return np.sqrt(np.maximum(w, 0))[:, None] * v.T
 
 
 def mean_and_root(x):
@@ -203,7 +191,8 @@ def mean_and_root(x):
     moments = None
     for i in range(0, n, 4096):
         moments = add_moments(moments, x[i:i + 4096])
-    return moments[1], covariance_root(moments[2] / (n - 1))
+    w, v = np.linalg.eigh(moments[2] / (n - 1))
+    return moments[1], np.sqrt(np.maximum(w, 0))[:, None] * v.T
 
 
 def frechet_of_roots(mean1, root1, mean2, root2):
@@ -215,18 +204,14 @@ def frechet_of_roots(mean1, root1, mean2, root2):
 
 def frechet_distance(x, y):
     """Squared Fréchet distance of Gaussians fitted to x (N, d) and y (M, d): on Inception features, FID (Heusel et al. 2017).
-
-    It grows as 1/N: compare at one N, beside a floor of real against real.
-    """
+    It grows as 1/N: compare at one N, beside a floor of real against real."""
     x, y = check_sets(x, y, least=2)
     return frechet_of_roots(*mean_and_root(x), *mean_and_root(y))
 
 
 def fid_infinity(real, fake, points=15):
     """Fréchet distance at infinitely many fakes: (a, b, sizes n, distances) of the line FD = a + b / n (Chong & Forsyth 2020).
-
-    n runs from a tenth of the fakes to all, each time the first n rows: in random order. The bias of `real` stays.
-    """
+    n runs from a tenth of the fakes to all, each time the first n rows: in random order. The bias of `real` stays."""
     real, sizes = mean_and_root(real), np.linspace(len(fake) // 10, len(fake), points).astype(int)
     distances = np.array([frechet_of_roots(*real, *mean_and_root(fake[:n])) for n in sizes])
     b, a = np.polyfit(1 / sizes, distances, 1)
@@ -243,9 +228,7 @@ def mmd2(x, y):
 
 def kid(x, y, subset=None, subsets=100, seed=0):
     """Kernel Inception distance of x (N, d) and y (M, d): mean and sd (ddof 0) of mmd2 over random subsets without replacement.
-
-    `subset` rows come from each set: min(1000, half the smaller set) unless given; a larger one than the set is an InputError.
-    """
+    `subset` rows come from each set: min(1000, half the smaller set) unless given; a larger one than the set is an InputError."""
     x, y = check_sets(x, y, least=4)
     least = min(len(x), len(y))
     subset = min(1000, least // 2) if subset is None else subset
@@ -273,11 +256,9 @@ def neighbour_radii(x, ks):
 
 def precision_recall_density_coverage(real, fake, k=3, k_density=5):
     """Are the fakes (M, d) like real cells (N, d), and do they reach all? {"precision", "recall", "density", "coverage"}.
-
     A cell's ball reaches to its k-th nearest other cell of the same set. Precision: share of fakes in a real ball; recall: share of real
     cells in a fake ball (Kynkäänniemi et al. 2019). Density: real balls around a fake, mean over k_density (can exceed 1); coverage: share
-    of real balls, of k_density, that hold a fake (Naeem et al. 2020).
-    """
+    of real balls, of k_density, that hold a fake (Naeem et al. 2020)."""
     real, fake = check_sets(real, fake, least=max(k, k_density) + 1)
     radius, radius_density = neighbour_radii(real, [k, k_density])  # (N,) each
     radius_fake, = neighbour_radii(fake, [k])  # (M,)
@@ -299,9 +280,7 @@ def precision_recall_density_coverage(real, fake, k=3, k_density=5):
 
 def robust_z(frame, space):
     """Measurements (N rows) -> robust z-scores (N, F kept) = (v - median) / (1.4826 MAD), clipped to +-10; missing = 0, the median.
-
-    InputError for other columns than those of `space`, an infinite value, or cells without any measurement: count them and leave them out.
-    """
+    InputError for other columns than those of `space`, an infinite value, or cells without any measurement: count them and leave them out."""
     if list(frame) != space["names"]:
         raise InputError(f"{len(frame.columns)} measurements, first {list(frame)[:3]}; expected {len(space['names'])}, "
                          f"first {space['names'][:3]}")
@@ -321,9 +300,7 @@ def in_cp_space(frame, space):
 
 def fit_cp_space(train, d):
     """Robust z-scores of real training cells (frame, N rows) and their first d principal components, of fewer features all: FD-CP's space.
-
-    Columns over 5 % missing or without spread (MAD 0) are dropped, with the reason. InputError under 20 cells, or if none is left.
-    """
+    Columns over 5 % missing or without spread (MAD 0) are dropped, with the reason. InputError under 20 cells, or if none is left."""
     if len(train) < 20:
         raise InputError(f"{len(train)} training cells could be measured, 20 are needed")
     values, names = train.to_numpy(np.float64), list(train)
@@ -346,9 +323,7 @@ def fit_cp_space(train, d):
 
 def correlations(a, b, weights):
     """Pearson's r (R, F) of the columns of a and b (n, F) over the rows where both are finite; row i counts weights[:, i] times (R, n).
-
-    NaN below 3 pairs or without spread. Works on BLOCK columns at a time, in float64.
-    """
+    NaN below 3 pairs or without spread. Works on BLOCK columns at a time, in float64."""
     r = np.empty((len(weights), a.shape[1]))
     for j in batches(a.shape[1], BLOCK):
         x, y = a[:, j].astype(np.float64), b[:, j].astype(np.float64)
@@ -364,9 +339,7 @@ def correlations(a, b, weights):
 
 def bootstrap(statistic, n, seed, draws=1000):
     """95 % percentile interval (2, K) of `statistic`, a function of how often each of n rows is drawn, (R, n) -> (R, K).
-
-    NaN where the statistic is undefined in a draw, or n < 2.
-    """
+    NaN where the statistic is undefined in a draw, or n < 2."""
     random = np.random.default_rng(seed)
     values = np.concatenate([statistic(random.multinomial(n, np.full(n, 1 / n), 100).astype(float)) for _ in range(draws // 100)])
     return np.percentile(values, [2.5, 97.5], axis=0) if n > 1 else np.full((2, values.shape[1]), np.nan)
@@ -385,10 +358,8 @@ def well_profiles(cells, frame):
 
 def normalise_plates(x, plates, is_dmso, how="z"):
     """Well profiles x (W, F), each plate scaled by its own DMSO wells; a feature without spread in them becomes 0 there.
-
     z: mean 0, sd 1 (ddof 0). percentile: 1st to 0, 99th to 1 (Ljosa et al. 2013). mad: median 0, 1.4826 MAD 1, clipped to +-10.
-    none: as it is. InputError names a plate with fewer than two DMSO wells.
-    """
+    none: as it is. InputError names a plate with fewer than two DMSO wells."""
     x, plates, is_dmso = check_sets(x)[0].astype(np.float64), np.asarray(plates), np.asarray(is_dmso)
     for plate in np.unique(plates) if how != "none" else []:
         here = plates == plate
@@ -405,9 +376,7 @@ def normalise_plates(x, plates, is_dmso, how="z"):
 
 def treatment_profiles(wells, features, average="mean"):
     """One row a treatment (compound, concentration, moa, batches, n_wells, features), without DMSO and unknown mechanisms.
-
-    `batches`: the tuple of batches it was run in; the batch of plate `Week1_22123` is `Week1`.
-    """
+    `batches`: the tuple of batches it was run in; the batch of plate `Week1_22123` is `Week1`."""
     wells = wells[~wells["moa"].fillna("").isin(["", "unknown", "DMSO"])]
     if not len(wells):
         raise InputError("no well has a known mechanism of action")
@@ -419,12 +388,10 @@ def treatment_profiles(wells, features, average="mean"):
 
 def nsc(profiles, compounds, moas, batches=None, seed=0, draws=1000):
     """Mechanism of action from the nearest profile (cosine) of another compound (NSC) and, given `batches`, batch (NSCB).
-
     profiles (T, F), compounds and moas (T,), batches a tuple a treatment. A treatment is scorable if an admissible profile shares its
     mechanism; others leave the denominator; InputError if none is, or for a profile of zeros. Returns accuracy, correct,
     n, interval (95 %, whole compounds resampled), accuracy_per_compound (each weighs the same), null_mean, null_sd, p (mechanisms shuffled
-    among the compounds), and tables treatments, per_compound, confusion (true x predicted).
-    """
+    among the compounds), and tables treatments, per_compound, confusion (true x predicted)."""
     x, compounds, moas = check_sets(profiles, least=2)[0].astype(np.float64), np.asarray(compounds), np.asarray(moas)
     length = np.linalg.norm(x, axis=1, keepdims=True)
     if not length.all():
@@ -475,17 +442,14 @@ def score_profiles(wells, features, normalise="z", average="mean", seed=0):
 
 def read_profiles(path, image_csv=None, moa=None):
     """A CSV of well profiles, what --image-csv says of its wells and --moa of its treatments -> table (WELL_COLUMNS, features), names."""
-    def read(path):
-        bare = lambda name: re.sub("^(Image_)?Metadata_|_DAPI$", "", name).lower()  # Image_Metadata_Plate_DAPI -> plate
-        return data.read_csv(path).rename(columns=lambda c: bare(c) if bare(c) in WELL_COLUMNS else c)
-
-    table = read(path)
+    table = data.read_csv(path)
     features, _, others = data.sort_columns(table.columns)
-    if not features:  # not CellProfiler's: all that is a number
-        features = [c for c in others if c not in [*WELL_COLUMNS, "n_cells"] and pd.to_numeric(table[c], errors="coerce").notna().any()]
-    about = table[[c for c in WELL_COLUMNS if c in table]]
+    about = data.annotate(table).filter(WELL_COLUMNS)
+    if not features:  # not CellProfiler's: all that is a number and tells nothing of the well
+        others = [c for c in others if c != "n_cells" and data.annotate(table[[c]]).empty]
+        features = [c for c in others if pd.to_numeric(table[c], errors="coerce").notna().any()]
     if image_csv and {"plate", "well"} <= set(about):
-        image = read(image_csv)
+        image = data.annotate(data.read_csv(image_csv))
         if absent := [c for c in WELL_COLUMNS[:4] if c not in image]:
             raise InputError(f"{image_csv}: lacks {', '.join(absent)}; expected the columns of BBBC021_v1_image.csv")
         about = about[["plate", "well"]].merge(image[WELL_COLUMNS[:4]].drop_duplicates(), "left", ["plate", "well"])
@@ -505,24 +469,10 @@ def read_profiles(path, image_csv=None, moa=None):
 # Which features survive generation (paper, section 4.2.2): real and generated cells measured in the same way
 
 
-def measurements(x, channels, engine="ours"):
-    """CellProfiler's measurements of the middle cell of pictures (N, 3, H, W) in 0..1 -> frame (N rows, F columns); NaN without a nucleus.
-
-    One segmentation and one engine for real and generated cells. Places in the crop are left out.
-    """
-    if len(channels) != 3:
-        raise InputError(f"channels {', '.join(channels)}: segmenting needs three, the nucleus first")
-    x = np.asarray(x, np.float32)
-    names, values = ENGINES[engine](x, segment(x), channels)
-    return pd.DataFrame(np.where(np.isfinite(values), values, np.nan), columns=names)[data.sort_columns(names)[0]]
-
-
 def feature_table(real, fake, given, treatment, channels, image_norm):
     """One row a feature, the best first: how real and generated cells (frames, n rows) and the input vectors `given` correlate.
-
     r and spearman over all cells, r within treatments (their means taken off; treatments of one cell left out), r of generated and of real
-    cells with the input where names match. `relative`: intensities in units of the cell's own maximum, where image_norm is cell-max.
-    """
+    cells with the input where names match. `relative`: intensities in units of the cell's own maximum, where image_norm is cell-max."""
     groups = [np.flatnonzero(treatment == t) for t in np.unique(treatment)]
 
     def within(frame):
@@ -606,9 +556,7 @@ def images_of(folder, rows, G):
 @torch.no_grad()
 def generated(G, folder, rows, device, z=None):
     """What G draws of the given cells, by what it takes: their measurements, their pictures, or noise z (N, latent), then free samples.
-
-    (N, C, 68, 68) in 0..1, on the CPU.
-    """
+    (N, C, 68, 68) in 0..1, on the CPU."""
     given = {"features": lambda: features_of(folder, rows), "images": lambda: images_of(folder, rows, G), "noise": lambda: z}[G.takes]()
     return G(given.to(device)).clamp(0, 1).cpu()
 
@@ -671,7 +619,7 @@ def look(real, other, D, n, channels, device, engine="ours"):
             h, h_other = ([m[:, None] for m in D(v.to(device))[1]] for v in (x, y))
             hidden = torch.vmap(lambda a, b: model.hidden_losses(a, b, x[0].numel()).sum())(h, h_other)  # cell by cell
         losses[i] = torch.stack([torch.vmap(model.pixel_loss)(x[:, None], y[:, None]), hidden.cpu()], 1).numpy()
-        values = measurements(y, channels, engine)
+        values = measurements(y, channels, engine=engine, device=device)
         seen = np.empty((n, values.shape[1]), np.float32) if seen is None else seen
         seen[i] = values
     return losses, pd.DataFrame(seen, columns=values.columns)
@@ -705,9 +653,7 @@ def paired_records(who, losses, real, other, seed):
 
 def distance_records(features, draw, frechet, suffix, extractor, subset, seed):
     """Distances from the reference to each contestant: features(who, half) -> (n, d), of half 0 (the real ones: reference) or 1 (judged).
-
-    Those of "real" are the floor. No bootstrap: cells drawn twice would raise a Fréchet distance; its spread is that between seeds.
-    """
+    Those of "real" are the floor. No bootstrap: cells drawn twice would raise a Fréchet distance; its spread is that between seeds."""
     records, absent, reference, floor = [], {}, features("real", 0), np.nan
     for who in draw:
         try:
@@ -742,15 +688,13 @@ def moa_records(who, scores):
 
 def judge(G, D, folder, rows, seed, device, net=None, subset=None, engine="ours", test_noise=True):
     """Everything about one generator on the cells `rows` (see choose_cells).
-
     Returns the table of RECORDs, {what is absent: why}, treatments, notes, and (feature_table, its six best columns, real and generated),
     which a GAN does not have: its free samples are not of these cells.
-    Beside the measurements of the real cells those of one contestant are held at a time: 170 MB each for 48,800 cells.
-    """
+    Beside the measurements of the real cells those of one contestant are held at a time: 170 MB each for 48,800 cells."""
     some = np.random.default_rng([seed, 2]).permutation(by_name(folder, folder.rows("train")))[:TRAIN_SAMPLE]
     draw, half = contestants(G, folder, rows, some, seed, device), len(rows) // 2
     if half >= 20:
-        known = [measurements(images_of(folder, some[i], G), folder.channels, engine) for i in batches(len(some))]
+        known = [measurements(images_of(folder, some[i], G), folder.channels, engine=engine, device=device) for i in batches(len(some))]
         known = pd.concat(known).dropna(how="all")
         space = fit_cp_space(known, min(30, half // 20))
 
@@ -812,9 +756,7 @@ def judge(G, D, folder, rows, seed, device, net=None, subset=None, engine="ours"
 
 def compare_runs(labels, tables, kinds):
     """A row for each model (or baseline) and quantity: mean and sd (ddof 1) over its runs, all values, the paper's; and as Markdown.
-
-    kinds: {label: the model's name in PUBLISHED}. The baselines are those of the first run.
-    """
+    kinds: {label: the model's name in PUBLISHED}. The baselines are those of the first run."""
     own = ("generated", "free samples", "representation", BARE)
     name = lambda label: lambda who: label if who == "generated" else f"{label} {who}"
     parts = [t[t["who"].isin(own)].assign(who=lambda f: f["who"].map(name(label))) for label, t in zip(labels, tables)]
@@ -847,12 +789,10 @@ def compare_runs(labels, tables, kinds):
 
 def open_run(folder, run, device):
     """A generator, the discriminator it was trained by, its settings, its checkpoint and the run's name without -seed<n>.
-
-    `run`: a run's folder or a checkpoint file. InputError if it was not trained on the folder.
-    """
+    `run`: a run's folder or a checkpoint file. InputError if it was not trained on the folder."""
     checkpoint = Path(run, "last.pt") if Path(run).is_dir() else Path(run)
     G = model.load(checkpoint, device)
-    if G.features != folder.features or G.identity != folder.identity():
+    if G.features != folder.features or G.identity != folder.identity:
         raise InputError(f"{checkpoint}: was trained on another prepared folder than {folder.path} (other features or checksums); "
                          "give the --data of that run")
     return G, model.load_metric(checkpoint, device), model.read_checkpoint(checkpoint)["settings"], checkpoint, \
@@ -864,12 +804,6 @@ def choose_cells(folder, split, n, seed):
     return np.random.default_rng(seed).permutation(by_name(folder, folder.rows(split)))[:2 * n]
 
 
-def write_atomically(path, text):
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def write_results(out, about, table, absent, treatments, survived=None):
     """metrics.json, metrics.csv, metrics.png, features.csv (feature_table), and moa.csv (one row a treatment) where mechanisms were scored."""
     out.mkdir(parents=True, exist_ok=True)
@@ -878,12 +812,12 @@ def write_results(out, about, table, absent, treatments, survived=None):
         value, *interval = (float(f"{v:.6g}") if np.isfinite(v) else None for v in values)
         nested[who][quantity] = {"value": value, "interval": interval, "n": int(n), "extractor": extractor}
     if survived:
-        write_atomically(out / "features.csv", survived[0].to_csv(float_format="%.6g"))
+        data.write(out / "features.csv", survived[0].to_csv(float_format="%.6g"))
         about["claims of the paper"] = [{"claim": c, "seen": bool(seen), "numbers": numbers} for c, seen, numbers in claims(survived[0])]
-    write_atomically(out / "metrics.json", json.dumps({"about": about, "absent": absent, "results": nested}, indent=1) + "\n")
-    write_atomically(out / "metrics.csv", table.assign(split=about["split"], seed=about["seed"]).to_csv(index=False, float_format="%.6g"))
+    data.write(out / "metrics.json", json.dumps({"about": about, "absent": absent, "results": nested}, indent=1) + "\n")
+    data.write(out / "metrics.csv", table.assign(split=about["split"], seed=about["seed"]).to_csv(index=False, float_format="%.6g"))
     if treatments:
-        write_atomically(out / "moa.csv", pd.concat(treatments).to_csv(index=False, float_format="%.6g"))
+        data.write(out / "moa.csv", pd.concat(treatments).to_csv(index=False, float_format="%.6g"))
     draw_plots(out / "metrics.png", table, treatments, survived)
 
 
@@ -958,15 +892,6 @@ def score_table(args):
         write_results(Path(args.out), about, pd.DataFrame(records, columns=RECORD), absent, treatments)
 
 
-def pick_device(name):
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device {name}: not on this machine; expected auto, cpu, cuda or cuda:0") from None
-    return device
-
-
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -1002,7 +927,7 @@ def main(argv=None):
     args = parse(argv)
     if args.profiles:
         return score_table(args)
-    device, folder = pick_device(args.device), data.open_folder(args.data)
+    device, folder = data.pick_device(args.device), data.open_folder(args.data)
     opened = [open_run(folder, run, device) for run in args.runs or [args.run]]
     if len({(name, settings["seed"]) for _, _, settings, _, name in opened}) < len(opened) or len({G.image_norm for G, *_ in opened}) > 1:
         raise InputError("--runs: expected one --image-norm, and different seeds for each model (folder name without -seed<n>)")
@@ -1037,12 +962,12 @@ def main(argv=None):
 
     Image.fromarray(data.tile([data.composite(x) for x in pictures.values()])).save(out / "grid.png")
     shown = folder.cells["cell"].iloc[rows[:args.grid]].tolist()
-    write_atomically(out / "grid.json", json.dumps({"rows": list(pictures), "cells": shown}, indent=1) + "\n")
+    data.write(out / "grid.json", json.dumps({"rows": list(pictures), "cells": shown}, indent=1) + "\n")
     if args.runs:
         long, text = compare_runs([name for *_, name in opened], tables, kinds)
-        write_atomically(out / "comparison.csv", long.to_csv(index=False, float_format="%.6g"))
+        data.write(out / "comparison.csv", long.to_csv(index=False, float_format="%.6g"))
         title = f"{len(rows)} {args.split} cells of {args.data}, seed {args.seed}; ± sd (ddof 1) over runs"
-        write_atomically(out / "comparison.md", f"{title}\n\n{text}")
+        data.write(out / "comparison.md", f"{title}\n\n{text}")
         print(text, end="")
     print(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
 

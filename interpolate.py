@@ -16,7 +16,6 @@ import html
 import io
 import itertools
 import json
-import os
 import re
 import sys
 import time
@@ -31,7 +30,7 @@ from scipy import stats
 import data
 import model
 from data import InputError
-from prepare_bbbc021 import measure, segment
+from prepare_bbbc021 import measurements
 
 FIG4C = ["Nuclei_AreaShape_Area", "Nuclei_AreaShape_Orientation", "Nuclei_Intensity_MeanIntensity_DAPI", "Cytoplasm_AreaShape_Area"]
 BLOCK = 50  # dimensions replaced at once in Fig 5a (paper)
@@ -64,9 +63,7 @@ def is_angle(names):
 
 def edit_values(known, own, scale, unit, low, high, steps):
     """What a sweep asks for: levels (steps,) in `unit`, and raw values (steps, g) of g features moved together.
-
-    raw: CellProfiler's units (one feature); percentile: of the cells `known` (N, g); sd: from the cell's `own` (g,) value, in `scale` (g,).
-    """
+    raw: CellProfiler's units (one feature); percentile: of the cells `known` (N, g); sd: from the cell's `own` (g,) value, in `scale` (g,)."""
     ends = {"sd": (-3, 3), "percentile": (1, 99), "raw": np.quantile(known[:, 0], [0.01, 0.99])}[unit]
     levels = np.linspace(ends[0] if low is None else low, ends[1] if high is None else high, steps)
     if unit == "sd":
@@ -80,10 +77,8 @@ def edit_values(known, own, scale, unit, low, high, steps):
 
 def edited(raw, places, values, scale, angle, covariance=None):
     """Raw vectors (n, F) with the features `places` (g,) set to `values` (n, g); directions wrap into -90..90 degrees.
-
     Without `covariance` everything else is held. With it (F, F), of z, the others move as their conditional mean does when the edited
-    ones move: z_o + C_oe C_ee^-1 (z_e' - z_e); an edit to the cell's own values changes nothing. `scale` (F,) or (n, F), `angle` (F,) bool.
-    """
+    ones move: z_o + C_oe C_ee^-1 (z_e' - z_e); an edit to the cell's own values changes nothing. `scale` (F,) or (n, F), `angle` (F,) bool."""
     out, scale = np.array(raw, np.float64), np.broadcast_to(scale, raw.shape)
     if covariance is not None:
         weights = np.linalg.solve(covariance[np.ix_(places, places)], covariance[places])  # (g, F)
@@ -161,9 +156,7 @@ def ledoit_wolf(z):
 
 def fit_reference(z):
     """What edits are held against: training cells z (n, F). Their Mahalanobis distances are those of each cell as if it were left out.
-
-    Without that (Sherman-Morrison) a cell that shaped the covariance would look nearer than any new one. InputError under 20 cells.
-    """
+    Without that (Sherman-Morrison) a cell that shaped the covariance would look nearer than any new one. InputError under 20 cells."""
     if len(z) < 20:
         raise InputError(f"{len(z)} training cells: too few to say how far an edit leaves the data, 20 are needed")
     z = np.asarray(z, np.float64)
@@ -188,17 +181,6 @@ def how_far(reference, z):
 # Measured again
 
 
-def measured(x, features, channels, white=None, device="cpu"):
-    """Pictures (n, C, 68, 68) in 0..1 segmented and measured: (n, F) in the order of `features`; NaN: no such measurement, or no cell.
-
-    `white` (C,) 16-bit levels that 1 stands for (image norm percentile): intensities are then CellProfiler's; without it they are relative.
-    """
-    x = np.asarray(x.clamp(0, 1))
-    unit = 1 if white is None else np.asarray(white, np.float32)[:, None, None] / data.FULL_SCALE
-    names, values = measure(x * unit, segment(x), channels, device=device)
-    return pd.DataFrame(values, columns=names).reindex(columns=features).to_numpy(np.float64)
-
-
 def depends_on_brightness(x, look):
     """Which measurements (F,) bool move when x (n, C, H, W) is drawn at half its brightness: what cell-max cannot express."""
     full, half = look(x), look(x / 2)
@@ -209,11 +191,9 @@ def depends_on_brightness(x, look):
 
 def controllability(raw, scale, features, places, draw, look, far, offsets=range(-3, 4), covariance=None, relative=None, seed=0):
     """Moves each feature of `places` by `offsets` sd in n cells, draws, measures again; yields a record (dict) for each.
-
     raw, scale (n, F); draw(raw (n, F)) -> pictures of the n cells; look(pictures) -> (n, F); far(raw) -> percentile (n,) outside the data.
     slope, with a 95 % bootstrap interval over cells: realised per requested sd; off target: mean |slope| of all other features beyond
-    what the edit asked of them; `relative` (F,) bool: measurements that the pictures cannot express and that are left out.
-    """
+    what the edit asked of them; `relative` (F,) bool: measurements that the pictures cannot express and that are left out."""
     n, angle, offsets, base = len(raw), is_angle(features), np.array(offsets, float), look(draw(raw))
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), 500)  # (500, n)
     for j in places:
@@ -253,9 +233,7 @@ def feature_groups(features, channels):
 
 def coupling(z, x, groups, paint, seed=0, repeats=3):
     """How much the pixel loss of each channel rises when one group of features is permuted between cells: a record per group and channel.
-
-    z (n, F), x (n, C, H, W) real cells in 0..1, paint(z) -> pictures. rise = loss permuted / loss - 1, interval: bootstrap over cells.
-    """
+    z (n, F), x (n, C, H, W) real cells in 0..1, paint(z) -> pictures. rise = loss permuted / loss - 1, interval: bootstrap over cells."""
     random, n = np.random.default_rng(seed), len(z)
     weights = random.multinomial(n, np.full(n, 1 / n), 500)
     loss = lambda f: np.asarray((x - paint(f)).square().mean((2, 3)), np.float64)  # (n, C)
@@ -369,14 +347,7 @@ def write_page(path, title, about, sliders, x, captions, channels):
     values = {"side": x.shape[3], "columns": columns, "channels": channels, "sliders": sliders, "captions": captions,
               "sprite": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}
     text = PAGE_HTML % {"title": html.escape(title), "about": html.escape(about), "values": json.dumps(values).replace("</", "<\\/")}
-    write(path, lambda p: p.write_text(text))
-
-
-def write(path, save):
-    """A file under a temporary name, then renamed: never half a file."""
-    temporary = path.with_name("." + path.name)
-    save(temporary)
-    os.replace(temporary, path)
+    data.write(path, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,16 +356,14 @@ def write(path, save):
 
 def open_lab(G, folder, split, seed, device, table=None):
     """What every figure needs, from a prepared folder, or for the cells of a table (data.read_table), then without real pictures.
-
     raw(rows) (n, F); scaling(rows) centre, scale (n, F); z(rows) (n, F) standardised; paint(z), images(rows) -> pictures in 0..1;
     look(pictures) -> (n, F) measured again; known(places): values of the cells that stand for the data, those of training or, without a
-    folder, the table's; reference: of REFERENCE of them at most. Of a VAE or GAN the z are latent vectors (open_latents).
-    """
+    folder, the table's; reference: of REFERENCE of them at most. Of a VAE or GAN the z are latent vectors (open_latents)."""
     lab = {"features": G.features, "channels": G.channels, "dropped": folder.meta["dropped"] if folder else {}, "seed": seed, "images": None}
     wide = lambda values, rows: np.array(np.broadcast_to(values, (len(rows), len(G.features))))
     draw = G if G.takes == "features" else G.decode
     lab["paint"] = lambda z: torch.cat([draw(part.to(device)).clamp(0, 1).cpu() for part in torch.tensor(z).float().split(256)])
-    lab["look"] = functools.partial(measured, features=G.features, channels=G.channels, white=G.white, device=device)
+    lab["look"] = lambda x: measurements(x.clamp(0, 1), G.channels, G.white, device=device).reindex(columns=G.features).to_numpy(np.float64)
     lab["z"] = lambda rows: standardised(lab["raw"](rows), *lab["scaling"](rows))
     if folder:
         train = pick_some(folder.rows("train"), None, REFERENCE, seed)
@@ -425,10 +394,8 @@ def open_lab(G, folder, split, seed, device, table=None):
 
 def open_latents(lab, G, train, device):
     """Moves a lab into the latent space of a VAE or GAN; returns the latent vectors (n, latent) that stand for the data.
-
     VAE: z(rows) are the encoder's means of the folder's cells, those of training the reference. GAN: the cells are NOISE noise vectors,
-    noise0, noise1, ..., in the order of model.sample(G, NOISE, seed); raw(rows) is what their pictures measure, the reference FRESH more.
-    """
+    noise0, noise1, ..., in the order of model.sample(G, NOISE, seed); raw(rows) is what their pictures measure, the reference FRESH more."""
     if G.takes == "images":
         means = lambda rows: G.encode(lab["images"](rows).to(device))[0].double().cpu().numpy()
         lab["z"] = lambda rows: np.concatenate([means(part) for part in np.split(rows, range(256, len(rows), 256))])
@@ -496,9 +463,7 @@ def empty(stem, title, **about):
 
 def add_row(lab, figure, name, z, heads, watch=(), real=(None, None), **more):
     """Draws z (n, F), measures again, adds a row of pictures and n records to a figure; returns the measured values (n, F).
-
-    heads: n texts; watch: features whose measured values are written; real: rows of the real cells at the two ends; more: columns (n,).
-    """
+    heads: n texts; watch: features whose measured values are written; real: rows of the real cells at the two ends; more: columns (n,)."""
     x = lab["paint"](z)
     got, (percentile, nearest) = lab["look"](x), how_far(lab["reference"], z)
     labels = [[h, *reading(lab, watch, v), "! " * bool(p > 99) + f"outside pct {p:.3g}"] for h, v, p in zip(heads, got, percentile)]
@@ -691,19 +656,19 @@ def write_figure(out, figure, about, gif, page):
     out.mkdir(parents=True, exist_ok=True)
     path, rows = out / re.sub(r"[^\w+-]+", "_", figure["stem"])[:120], figure["rows"]
     if rows:
-        write(path.with_suffix(".png"), lambda p: strip(rows, figure["title"]).save(p, format="PNG"))
+        data.write(path.with_suffix(".png"), lambda p: strip(rows, figure["title"]).save(p, format="PNG"))
     if "chart" in figure:
         chart(out / (path.name + "_chart" * bool(rows) + ".png"), *figure["chart"])
     plain = lambda v: v if not isinstance(v, float) else float(f"{v:.6g}") if np.isfinite(v) else None
     records = [{"n": about["n"]} | {k: plain(v) for k, v in r.items()} for r in figure["records"]]
     table = pd.DataFrame(records).assign(split=about["split"], seed=about["seed"], extractor=EXTRACTOR)
-    write(path.with_suffix(".json"), lambda p: p.write_text(json.dumps({"about": about, "records": records}, indent=1) + "\n"))
-    write(path.with_suffix(".csv"), lambda p: p.write_text(table.to_csv(index=False)))
+    data.write(path.with_suffix(".json"), json.dumps({"about": about, "records": records}, indent=1) + "\n")
+    data.write(path.with_suffix(".csv"), table.to_csv(index=False))
     names, x, said = zip(*figure["drawn"]) if figure["drawn"] else ((), (), ())
     if gif:
         there = list(range(max(map(len, x))))  # and back
         frames = [strip([(n, p[i:][:1], t[i:][:1]) for n, p, t in figure["drawn"] if i < len(p)], "", 4) for i in there + there[-2:0:-1]]
-        write(path.with_suffix(".gif"), lambda p: frames[0].save(p, "GIF", save_all=True, append_images=frames[1:], duration=300, loop=0))
+        data.write(path.with_suffix(".gif"), lambda p: frames[0].save(p, "GIF", save_all=True, append_images=frames[1:], duration=300, loop=0))
     if page:
         shown = figure.get("page") or ([("row", names, 0), ("picture", list(range(1, len(x[0]) + 1)), 0)], torch.cat(x), sum(said, []))
         source = f"{about['checkpoint']}, step {about['step']}; cells: {about['split']}; data: {about['data']}"
@@ -787,10 +752,10 @@ def parse(argv):
 @torch.no_grad()
 def main(argv=None):
     args = vars(parse(argv))
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args["device"] == "auto" else args["device"]
+    device = data.pick_device(args["device"])
     folder, run = data.open_folder(args["data"]) if args["data"] else None, Path(args["run"])
     G = model.load(checkpoint := run / "last.pt" if run.is_dir() else run, device)
-    if folder and (G.features != folder.features or G.identity != folder.identity()):
+    if folder and (G.features != folder.features or G.identity != folder.identity):
         raise InputError(f"{checkpoint}: was trained on another prepared folder than {folder.path} (other features or checksums); "
                          "give the --data of that run")
     if G.takes == "features" and args["command"] == "latents":

@@ -48,59 +48,77 @@ def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def by_row(x):
-    """x (B, C, H, W), channels last -> (B * H, W * C), a view."""
-    return x.permute(0, 2, 3, 1).reshape(len(x) * x.shape[2], -1)
+def columns_of(x):
+    """How many columns of pixels torch's batch-norm kernels are to take apart: on a CPU they lose three digits over all pixels at once."""
+    return 1 if x.is_cuda else x.shape[3]
+
+
+def flat(x):
+    """x (B, C, H, W) -> (B * H * W / columns, columns * C), a view where x is channels last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, columns_of(x) * x.shape[1])
+
+
+def moments(x):
+    """Mean and biased variance (C,) of x (B, C, H, W), in float32 at least."""
+    if x.is_cuda:
+        return torch.batch_norm_update_stats(flat(x), None, None, 0.0)
+    wide = torch.zeros(2, flat(x).shape[1], dtype=torch.promote_types(x.dtype, torch.float32))  # says in which precision
+    mean, var = (v.view(-1, x.shape[1]) for v in torch.batch_norm_update_stats(flat(x), *wide, 0.0))  # of each column
+    return mean.mean(0), var.mean(0) + mean.var(0, correction=0)
+
+
+def norm_backward(grad, x, vectors, whole=False):
+    """torch's gradients of x, weight and bias, mean and variance held fixed unless `whole`; vectors: weight, mean, var, 1 / sd (C,) each."""
+    n = columns_of(x)
+    weight, mean, var, rstd = torch.stack(vectors).repeat(1, n) if n > 1 else vectors
+    grad, *sums = torch.ops.aten.native_batch_norm_backward(flat(grad), flat(x), weight, mean, var, mean, rstd, whole, EPS, [True, True, True])
+    return grad.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2), *(v.view(n, -1).sum(0) if n > 1 else v for v in sums)
 
 
 class Normalise(torch.autograd.Function):
-    """(part - mean) / sqrt(var + eps) * weight + bias with mean and variance of x, for x itself or others in `parts`, all (B, C, H, W).
-
+    """(x - mean) / sqrt(var + eps) * weight + bias with mean and variance of x (B, C, H, W): of x itself, or of its largest pixels `pooled`
+    in its place; and of images that `follow`, or None.
     The same function as `torch.var_mean(x, (0, 2, 3), correction=0)` and plain arithmetic (a test holds them against each other in
-    float64), with torch's fused kernels. The gradient of every part reaches x through the moments; one that is not asked for costs
-    nothing. Returns (*normalised parts, mean (C,), biased variance (C,)).
-    """
+    float64), with torch's fused kernels. The gradients of all reach x through the moments; one that is not asked for costs nothing.
+    Returns both, mean (C,) and biased variance (C,)."""
 
     @staticmethod
-    def forward(ctx, weight, bias, x, *parts):
-        like = torch.zeros(2, x.shape[3] * x.shape[1], dtype=weight.dtype, device=x.device)  # says: moments in this precision
-        columns = torch.batch_norm_update_stats(by_row(x), *like, 0.0)  # of each column: over all pixels it loses three digits on a CPU
-        mean, var = (v.view(x.shape[3], -1) for v in columns)
-        mean, var = mean.mean(0), var.mean(0) + mean.var(0, correction=0)
-        ctx.save_for_backward(weight, mean, var, x, *parts)
+    def forward(ctx, weight, bias, x, pooled, follow):
+        mean, var = moments(x)
+        ctx.save_for_backward(weight, mean, var, x, pooled, follow)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, var)
-        return *(v if v is None else F.batch_norm(v, mean, var, weight, bias, False, 0.0, EPS) for v in parts), mean, var
+        y, y_follow = (v if v is None else F.batch_norm(v, mean, var, weight, bias, False, 0.0, EPS)
+                       for v in (x if pooled is None else pooled, follow))
+        return y, y_follow, mean, var
 
     @staticmethod
-    def backward(ctx, *grads):
-        weight, mean, var, x, *parts = ctx.saved_tensors
-        rstd, count = (var + EPS).rsqrt(), x.numel() / len(weight)
-        grad_weight, grad_bias, grad_parts = torch.zeros_like(weight), torch.zeros_like(weight), []
-        for grad, v in zip(grads, parts):
-            if grad is not None:  # mean and variance held fixed
-                width = v.shape[3]
-                grad, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-                    by_row(grad), by_row(v), *(p.repeat(width) for p in (weight, mean, var, mean, rstd)), False, EPS, [True, True, True])
-                grad = grad.view(len(v), v.shape[2], width, -1).permute(0, 3, 1, 2)
-                grad_weight, grad_bias = grad_weight + of_weight.view(width, -1).sum(0), grad_bias + of_bias.view(width, -1).sum(0)
-            grad_parts.append(grad)
-        slope = -weight * rstd ** 2 * grad_weight / count  # what a pixel of x adds through the variance ...
-        shift = -weight * rstd * grad_bias / count - slope * mean  # ... and through the mean
-        grad_x = torch.addcmul(shift[:, None, None].to(x.dtype), x, slope[:, None, None].to(x.dtype))
-        return grad_weight, grad_bias, grad_x, *grad_parts
-
-
-normalise = Normalise.apply
+    def backward(ctx, grad, grad_follow, *_):
+        weight, mean, var, x, pooled, follow = ctx.saved_tensors
+        rstd = (var + EPS).rsqrt()
+        vectors, sums = (weight, mean, var, rstd), []
+        if columns_of(x) == 1 and pooled is None and grad_follow is None:
+            grad, *sums = norm_backward(grad, x, vectors, whole=True)
+            return *sums, grad, None, None
+        if grad is not None:
+            grad, *own = norm_backward(grad, x if pooled is None else pooled, vectors)
+            sums.append(own)
+        if grad_follow is not None:
+            grad_follow, *its = norm_backward(grad_follow, follow, vectors)
+            sums.append(its)
+        grad_weight, grad_bias = map(sum, zip(*sums)) if len(sums) > 1 else sums[0]
+        scale = -weight * rstd * len(weight) / x.numel()
+        through = F.batch_norm(x, mean, var, scale * grad_weight, scale * grad_bias, False, 0.0, EPS)  # what x adds through its moments
+        if pooled is None:
+            return grad_weight, grad_bias, through if grad is None else grad.add_(through), None, grad_follow
+        return grad_weight, grad_bias, through, grad, grad_follow
 
 
 class BatchNorm(nn.Module):
     """Batch norm over (B, C, H, W) as the released code has it.
-
     Two things differ from torch's: the running variance is the biased one, and in training images may `follow`, normalised by the
     moments of x and no part of them (the discriminator's rule): a pair is then returned. With `moments=False` only weight and bias act.
-    With `pool`, max-pooling by 2 comes after it; x must then come from an `upright` kernel.
-    """
+    With `pool`, max-pooling by 2 comes after it; x must then come from an `upright` kernel."""
 
     def __init__(self, channels, moments=True):
         super().__init__()
@@ -111,7 +129,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def sign(self):
-        return torch.where(self.weight.detach() < 0, -1.0, 1.0).to(self.weight)
+        return torch.ones_like(self.weight).copysign(self.weight.detach())
 
     def upright(self, kernel):
         """The kernel (C, C_in, k, k) with the channels negated whose weight here is negative: the largest before batch norm is then the
@@ -119,23 +137,27 @@ class BatchNorm(nn.Module):
         return kernel * self.sign()[:, None, None, None]
 
     def forward(self, x, follow=None, pool=False):
-        sign = self.sign() if pool else torch.ones_like(self.weight)
-        weight, parts = self.weight * sign, [F.max_pool2d(v, 2) if pool and v is not None else v for v in (x, follow)]
-        if not self.moments:
-            y, y_follow = (v if v is None else v * weight[:, None, None] + self.bias[:, None, None] for v in parts)
-        elif self.training:
-            y, y_follow, mean, var = normalise(weight, self.bias, x, *parts)
+        sign = self.sign() if pool else 1
+        weight, pooled = self.weight * sign, F.max_pool2d(x, 2) if pool else None
+        follow = F.max_pool2d(follow, 2) if pool and follow is not None else follow
+        if self.moments and self.training:
+            y, y_follow, mean, var = Normalise.apply(weight, self.bias, x, pooled, follow)
             with torch.no_grad():
                 self.running_mean.lerp_(mean * sign, MOMENTUM)
                 self.running_var.lerp_(var, MOMENTUM)
-        else:
-            y, y_follow = (v if v is None else F.batch_norm(v, self.running_mean * sign, self.running_var, weight, self.bias, False, 0.0, EPS)
-                           for v in parts)
-        return y if follow is None else (y, y_follow)
+            return y if follow is None else (y, y_follow)
+
+        def fixed(v):
+            if self.moments:
+                return F.batch_norm(v, self.running_mean * sign, self.running_var, weight, self.bias, False, 0.0, EPS)
+            return v * weight[:, None, None] + self.bias[:, None, None]
+
+        y = fixed(x if pooled is None else pooled)
+        return y if follow is None else (y, fixed(follow))
 
 
-def leaky(x):
-    return F.leaky_relu(x, SLOPE)
+def leaky(x, inplace=False):
+    return F.leaky_relu(x, SLOPE, inplace)
 
 
 def spread_vector(f, weight):
@@ -145,20 +167,14 @@ def spread_vector(f, weight):
 
 def phases(weight):
     """The four 3x3 kernels (4 C, C_in, 3, 3) that a 5x5 kernel (C, C_in, 5, 5) becomes after a nearest doubling.
-
-    Neighbouring taps then fall on the same pixel: at even places the five act as three, 0+1, 2+3, 4, at odd ones as 0, 1+2, 3+4.
-    """
-    for _ in "width", "height":
-        t0, t1, t2, t3, t4 = weight.unbind(-1)
-        weight = torch.stack([torch.stack([t0 + t1, t2 + t3, t4], -1), torch.stack([t0, t1 + t2, t3 + t4], -1)]).transpose(-1, -2)
-    return weight.flatten(0, 2)  # (2 rows, 2 columns, C, C_in, 3, 3)
+    Neighbouring taps then fall on the same pixel: at even places the five act as three, 0+1, 2+3, 4, at odd ones as 0, 1+2, 3+4."""
+    sums = F.avg_pool2d(weight, 2, 1, 1, divisor_override=1)  # of 2x2 taps (C, C_in, 6, 6): at odd places those of the even phase
+    return sums.unflatten(3, (3, 2)).unflatten(2, (3, 2)).flip(3, 5).permute(3, 5, 0, 1, 2, 4).flatten(0, 2)  # 2 rows, 2 columns, C
 
 
 def double_and_convolve(h, weight, padding=4):
     """F.conv2d(F.interpolate(h, scale_factor=2), weight, padding=padding), weight 5x5, an even padding: 36 % of its multiplications.
-
-    The pixels come in another order, (B, C, n, 4 n) for (B, C, 2 n, 2 n): batch norm does not see it; `in_place` puts them right.
-    """
+    The pixels come in another order, (B, C, n, 4 n) for (B, C, 2 n, 2 n): batch norm does not see it; `in_place` puts them right."""
     y = F.conv2d(h, phases(weight), padding=padding // 2).permute(0, 2, 3, 1)  # (B, n, n, 4 C)
     return y.unflatten(3, (4, -1)).flatten(2, 3).permute(0, 3, 1, 2)
 
@@ -176,9 +192,7 @@ def in_place(y):
 
 class Generator(nn.Module):
     """CP vectors (B, n_features), standardised -> images (B, n_channels, 68, 68), trained towards the range 0..1.
-
-    Released code, layers HL_5..HL_8 and HL_recons_3: the output is a batch norm and a leaky ReLU, not a sigmoid.
-    """
+    Released code, layers HL_5..HL_8 and HL_recons_3: the output is a batch norm and a leaky ReLU, not a sigmoid."""
     takes = "features"
 
     def __init__(self, n_features, n_channels=3):
@@ -199,12 +213,10 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """Images (B, n_channels, 68, 68) in 0..1 -> (logits (B,), four hidden maps): the learned metric of the paper.
-
     With `follow`, more images that are normalised by the batch-norm moments of x and no part of them, a pair of such results: the step
     passes (real, generated), and the originals follow. A tuple x is one batch in parts, of which only some need a gradient. Every
     kernel is spectrally normalised by torch's parametrisation, whose power iteration runs in training mode only. Since batch norm
-    follows each kernel this does not change training; `batch_norm=False` (an ablation) is where it does.
-    """
+    follows each kernel this does not change training; `batch_norm=False` (an ablation) is where it does."""
 
     def __init__(self, n_channels=3, spectral_norm=True, batch_norm=True):
         super().__init__()
@@ -223,8 +235,9 @@ class Discriminator(nn.Module):
         return (y, None) if follow is None else y
 
     def forward(self, x, follow=None):
-        x = tuple(map(channels_last, x)) if isinstance(x, tuple) else channels_last(x)
-        h, h_follow, pair = [], [], (x, None if follow is None else channels_last(follow))
+        if isinstance(x, tuple):  # apart on a CPU, where the gradient of real images would cost; as one on a GPU
+            x = channels_last(torch.cat(x)) if x[0].is_cuda else tuple(map(channels_last, x))
+        h, h_follow, pair = [], [], (x if isinstance(x, tuple) else channels_last(x), None if follow is None else channels_last(follow))
         for i in range(4):  # (B, 32, 32, 32), (B, 32, 14, 14), (B, 32, 5, 5), (B, 64, 1, 1)
             pair = [None if v is None else leaky(v) for v in self.layer(i, *pair)]
             h, h_follow = [*h, pair[0]], [*h_follow, pair[1]]
@@ -234,10 +247,8 @@ class Discriminator(nn.Module):
 
 class VAE(nn.Module):
     """A variational autoencoder of images (B, n_channels, 68, 68) in 0..1: VAE and VAEplus of the paper's Table 1.
-
     Called with images: their reconstruction from the latent means. With `noise` (B, latent), standard normal, as training does:
-    (reconstruction of a draw, means (B, latent), log variances). Source: the encoder that the released code builds; decoder: its generator.
-    """
+    (reconstruction of a draw, means (B, latent), log variances). Source: the encoder that the released code builds; decoder: its generator."""
     takes = "images"
 
     def __init__(self, latent=256, n_channels=3):
@@ -270,9 +281,7 @@ class VAE(nn.Module):
 
 class NoiseGenerator(nn.Module):
     """Noise (B, 100), standard normal -> images (B, n_channels, size, size) in 0..1: the generator of CytoGAN's LSGAN, DCGAN and WGAN.
-
-    At a size that is no multiple of 8 the next larger picture is cut in the middle. The output layer is tanh, brought to 0..1.
-    """
+    At a size that is no multiple of 8 the next larger picture is cut in the middle. The output layer is tanh, brought to 0..1."""
     takes = "noise"
 
     def __init__(self, n_channels=3, size=SIZE, latent=100):
@@ -288,7 +297,8 @@ class NoiseGenerator(nn.Module):
         return self(z)
 
     def forward(self, z):
-        h = F.leaky_relu(self.bn0(self.dense(z)), 0.2).unflatten(1, (256, self.start, self.start))  # (B, 256, 9, 9) for 68 pixels
+        h = F.leaky_relu(self.bn0(self.dense(z)), 0.2).unflatten(1, (256, self.start, self.start))
+        h = channels_last(h)  # (B, 256, 9, 9) for 68 pixels
         for i in (1, 2, 3):
             layer = getattr(self, f"conv{i}")
             h = in_place(double_and_convolve(h, layer.weight, 2)) + layer.bias[:, None, None]  # (B, 128, 18, 18), (B, 64, 36, 36), (B, 32, 72, 72)
@@ -300,10 +310,8 @@ class NoiseGenerator(nn.Module):
 
 class NoiseDiscriminator(nn.Module):
     """Images (B, n_channels, size, size) in 0..1 -> logits (B,): the discriminator of CytoGAN, without batch norm.
-
     Noise of sd 0.1 is added to the image, scaled to -1..1, in training and, as the code ran, at test time. `profile` are the 100
-    activations that CytoGAN takes for the cell's representation.
-    """
+    activations that CytoGAN takes for the cell's representation."""
 
     def __init__(self, n_channels=3, size=SIZE):
         super().__init__()
@@ -314,7 +322,7 @@ class NoiseDiscriminator(nn.Module):
 
     def profile(self, x, noise):
         """(B, 100) activations of images in 0..1; `noise`: standard normal like x, or 0."""
-        h = 2 * x - 1 + 0.1 * noise
+        h = channels_last(2 * x - 1 + 0.1 * noise)
         for i in range(4):
             h = F.leaky_relu(getattr(self, f"conv{i}")(h), 0.2)  # (B, 32, 68, 68), (B, 64, 34, 34), (B, 128, 17, 17), (B, 256, 9, 9)
         return self.latent(h.flatten(1))
@@ -333,8 +341,7 @@ def glorot(net):
 
 def networks(kind, n_features, n_channels=3, spectral_norm=True, d_batch_norm=True, latent=256):
     """The generator and the discriminator (None: it has none) of a model. A student's own model is a line here, a class above and its
-    name in KINDS: a generator `takes` "features" (B, n_features), "images" or "noise" (B, latent) and returns images in 0..1.
-    """
+    name in KINDS: a generator `takes` "features" (B, n_features), "images" or "noise" (B, latent) and returns images in 0..1."""
     if kind == "cp2image":
         return Generator(n_features, n_channels), Discriminator(n_channels, spectral_norm, d_batch_norm)
     if kind in ("vae", "vaeplus"):
@@ -342,9 +349,6 @@ def networks(kind, n_features, n_channels=3, spectral_norm=True, d_batch_norm=Tr
     if kind in ("lsgan", "dcgan", "wgan"):
         return NoiseGenerator(n_channels), NoiseDiscriminator(n_channels)
     raise InputError(f"model {kind!r}: expected one of {', '.join(KINDS)}")
-
-
-leaky_ = lambda x: F.leaky_relu_(x, SLOPE)  # in place: for drawing only
 
 
 class Folded(nn.Module):
@@ -367,11 +371,11 @@ class Folded(nn.Module):
             self.register_buffer(name, value.detach())
 
     def forward(self, f):
-        h = leaky_(torch.addmm(self.bias0, f, self.weight0)).view(-1, 5, 5, 32).permute(0, 3, 1, 2)
-        h = in_place(leaky_(F.conv2d(h, self.weight1, self.bias1, padding=2)))  # (B, 32, 14, 14)
-        h = in_place(leaky_(F.conv2d(h, self.weight2, self.bias2, padding=2)))  # (B, 32, 32, 32)
-        h = leaky_(F.conv2d(h, self.weight3, self.bias3, padding=2))  # (B, 4 * 32, 34, 34)
-        return in_place(leaky_(F.conv2d(h, self.weight4, self.bias4)))  # (B, C, 68, 68)
+        h = leaky(torch.addmm(self.bias0, f, self.weight0), True).view(-1, 5, 5, 32).permute(0, 3, 1, 2)
+        h = in_place(leaky(F.conv2d(h, self.weight1, self.bias1, padding=2), True))  # (B, 32, 14, 14)
+        h = in_place(leaky(F.conv2d(h, self.weight2, self.bias2, padding=2), True))  # (B, 32, 32, 32)
+        h = leaky(F.conv2d(h, self.weight3, self.bias3, padding=2), True)  # (B, 4 * 32, 34, 34)
+        return in_place(leaky(F.conv2d(h, self.weight4, self.bias4), True))  # (B, C, 68, 68)
 
 
 def draw(G, f, x, z):
@@ -400,7 +404,7 @@ def pixel_loss(x, x_fake):
 
 def hidden_losses(h, h_fake, pixels):
     """The learned metric: for each hidden map, the mean over the batch of 0.5 * pixels * mean squared difference; `pixels` = H * W * C."""
-    return torch.stack([0.5 * pixels * (a - b).square().mean((1, 2, 3)).mean() for a, b in zip(h, h_fake)])
+    return torch.stack([0.5 * pixels * (a - b).square().mean() for a, b in zip(h, h_fake)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,9 +413,7 @@ def hidden_losses(h, h_fake, pixels):
 
 def standardise(raw, centre, scale):
     """Measurements in CellProfiler's units (N, F) -> (N, F) float32 in standard deviations, clipped to -10..10, missing -> 0.
-
-    `centre`, `scale`: (F,) or (N, F). The inverse, for values that were not clipped, is z * scale + centre.
-    """
+    `centre`, `scale`: (F,) or (N, F). The inverse, for values that were not clipped, is z * scale + centre."""
     z = (raw.double() - centre.double()) / scale.double()
     return z.nan_to_num(nan=0.0, posinf=CLIP, neginf=-CLIP).clamp(-CLIP, CLIP).float()
 
@@ -438,11 +440,9 @@ def read_checkpoint(path, device="cpu"):
 
 def load(path, device="cpu"):
     """A trained generator in eval mode from the checkpoint of train.py at `path`; the averaged weights, where the run kept some.
-
     It carries `.takes` ("features": CP2Image, for `generate`; "images"; "noise"), `.model`, `.features` (ordered names), `.centre` and
     `.scale` ((F,) float64 tensors), `.channels`, `.normalise`, `.image_norm`, `.white` (16-bit level that image value 1 stands for; None
-    with cell-max), `.step`, `.identity` (the training data's checksums). Batch norm is folded into the kernels of the paper's generator.
-    """
+    with cell-max), `.step`, `.identity` (the training data's checksums). Batch norm is folded into the kernels of the paper's generator."""
     state = read_checkpoint(path, device)
     G, _ = build(state)
     G.load_state_dict(state["G_ema"] if state["G_ema"] is not None else state["G"])
@@ -490,10 +490,8 @@ def noise(G, n, seed=0):
 
 def table_values(G, table):
     """A table of CellProfiler measurements -> raw (N, F), and the centre and scale ((F,) or (N, F)) that G standardises them by; float64.
-
     A missing column raises an InputError that names it. With G.normalise "plate-dmso" the table needs columns `plate` and `compound`, and
-    each plate its own rows of compound DMSO.
-    """
+    each plate its own rows of compound DMSO."""
     columns = list(table.columns)
     absent = [name for name in G.features if name not in set(columns)]
     if absent:
@@ -545,12 +543,9 @@ def plate_moments(raw):
 @torch.no_grad()
 def generate(G, table, as_uint8=True, batch=None):
     """One picture for each row of a table of CellProfiler measurements: (N, C, 68, 68) on the CPU, uint8, or float32 in 0..1.
-
     An export of CellProfiler (CSV folder, SQLite, one CSV) becomes such a table by data.read_table.
-
     Extra columns are ignored, with a warning that lists them; see standardise_table for what raises InputError. A cell's picture
-    does not depend on which other cells are in the table (but for plate-dmso, where the plate's DMSO rows set the scale).
-    """
+    does not depend on which other cells are in the table (but for plate-dmso, where the plate's DMSO rows set the scale)."""
     if G.takes != "features":
         raise InputError(f"a {G.model} draws from {G.takes}, not from measurements; train --model cp2image, or use its decode and sample")
     z = standardise_table(G, table)

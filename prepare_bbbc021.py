@@ -10,7 +10,6 @@ Work goes to OUT.partial and is renamed to OUT when it is whole; an interrupted 
 whatever the number of cells.
 """
 import argparse
-import ctypes
 import filecmp
 import hashlib
 import itertools
@@ -347,9 +346,6 @@ def crops_table(folder, features, keep=None, moa=None):
     if KEY not in columns:
         raise InputError(f"{features}: no key column {KEY!r} (the crop's file name), found {columns[:3]}, ...")
     names, dropped, other = sort_columns(columns, keep)
-    if not names:
-        kept = f" that match --columns {keep}" if keep else ""
-        raise InputError(f"{features}: no feature column; expected names like Nuclei_AreaShape_Area{kept}")
     keys = read_csv(features, usecols=[KEY], dtype=str)[KEY]
     report = [f"{features}: {len(keys)} rows; {len(names)} features, {len(dropped)} columns set aside; "
               f"metadata columns: {', '.join(other)}"]
@@ -451,8 +447,6 @@ def fields_table(folder, export, image_csv, channels, keep=None, moa=None, skip_
             has = [n.removeprefix("FileName_") for n in images if n.startswith("FileName_")]
             raise InputError(f"{export}: channel {c} has no file name for every field, names are of {', '.join(has) or 'none'}; "
                              "see --channels")
-    if not names:
-        raise InputError(f"{export}: no feature column" + (f" that matches --columns {keep}" if keep else ""))
     found, named = index_files(folder), images[[f"FileName_{c}" for c in channels]].to_numpy()
     files = {field: [found.get(name, Path(folder) / name) for name in row] for field, row in zip(images["field"], named)}
     if image_csv:
@@ -536,35 +530,34 @@ def release(array):
         array._mmap.madvise(mmap.MADV_DONTNEED)
 
 
-def chunks(n):
-    return [slice(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)]
+def blocks(array, rows):
+    """(slice of `rows`, the array there), CHUNK rows at a time; after each the memory that a memory-mapped array holds is let go."""
+    for i in range(0, len(rows), CHUNK):
+        yield slice(i, i + CHUNK), array[rows[i:i + CHUNK]]
+        release(array)
 
 
 def column_moments(raw, rows):
     """Count, mean and standard deviation (ddof 0) of the columns of `raw` over the row numbers `rows`, missing left out; float64."""
     count, total, square = np.zeros((3, raw.shape[1]))
-    for c in chunks(len(rows)):
-        values = np.asarray(raw[rows[c]], np.float64, order="F")  # summed column by column
+    for _, block in blocks(raw, rows):
+        values = np.asarray(block, np.float64, order="F")  # summed column by column
         count += np.isfinite(values).sum(0)
         total += np.where(np.isfinite(values), values, 0).sum(0)
     mean = total / np.maximum(count, 1)
-    for c in chunks(len(rows)):
-        values = np.asarray(raw[rows[c]], np.float64, order="F")
+    for _, block in blocks(raw, rows):
+        values = np.asarray(block, np.float64, order="F")
         square += (np.where(np.isfinite(values), values - mean, 0) ** 2).sum(0)
-    release(raw)
     return count, mean, np.sqrt(square / np.maximum(count, 1))
 
 
 def columns_to_drop(raw, rows, names, moments, drop_duplicates):
     """{name: reason} for columns without spread (`moments` of the training cells), over 5 % missing, or (if asked) equal to another."""
     missing, digests, (count, mean, sd) = np.zeros(len(names)), [hashlib.sha1() for _ in names], moments
-    for c in chunks(len(rows)):
-        block = raw[rows[c]]
+    for _, block in blocks(raw, rows):
         missing += (~np.isfinite(block)).sum(0)
-        if drop_duplicates:
-            for digest, column in zip(digests, block.T):
-                digest.update(column.tobytes())
-        release(raw)
+        for digest, column in zip(digests, block.T if drop_duplicates else ()):
+            digest.update(column.tobytes())
     dropped, seen = {}, {}
     for j, name in enumerate(names):
         if missing[j] > MAX_MISSING * len(rows):
@@ -601,22 +594,13 @@ def plate_scales(raw, keep, cells, train_scale):
 # Writing the folder
 
 
-def keep_freed_memory():
-    """Tells glibc to keep freed memory for the next field: giving it back and faulting it in again halved the rate."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1), mallopt(-4, 0)  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no separate mappings
-    except (AttributeError, OSError):
-        pass  # another C library: nothing to set
-
-
 def begin_worker():
     """A worker computes in one thread, leaves Ctrl-C to its parent and ends when that has died."""
     def watch(parent=os.getppid()):
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
-    keep_freed_memory()
+    data.keep_freed_memory()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
@@ -648,8 +632,7 @@ def read_patches(target, units, read_unit, state, workers, skip_bad):
 
     def save():
         release(target)
-        state.with_suffix(".tmp").write_text(json.dumps(done))
-        os.replace(state.with_suffix(".tmp"), state)
+        data.write(state, json.dumps(done))
 
     try:
         with closing(in_order(read_unit, [unit for _, unit in todo], workers)) as results:
@@ -676,12 +659,10 @@ def read_patches(target, units, read_unit, state, workers, skip_bad):
 def white_levels(patches, rows):
     """Per channel, the 99.9 % quantile of the pixels of the given rows, and the number of cells with an all-black channel."""
     count, black = np.zeros((patches.shape[1], FULL_SCALE + 1), np.int64), 0
-    for c in chunks(len(rows)):
-        block = patches[rows[c]]
+    for _, block in blocks(patches, rows):
         black += int((block.max((2, 3)) == 0).any(1).sum())
         for k in range(len(count)):
             count[k] += np.bincount(block[:, k].ravel(), minlength=FULL_SCALE + 1)
-        release(patches)
     return [max(int(np.searchsorted(row, WHITE * row[-1])), 1) for row in count.cumsum(1)], black
 
 
@@ -705,17 +686,14 @@ def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels,
     create = lambda name, dtype, *shape: np.lib.format.open_memmap(work / name, "w+", dtype, shape)
     patches = np.load(path, mmap_mode="r+") if going_on else create("patches.npy", np.uint16, n, len(channels), SIZE, SIZE)
     bad = read_patches(patches, units, read_unit, work / "progress", workers, skip_bad)
-    raw, measured = create("raw.npy", np.float32, n, len(names)), np.zeros(n, bool)
-    for c in chunks(n):
-        raw[c] = np.nan
-        release(raw)
+    raw, every = create("raw.npy", np.float32, n, len(names)), np.arange(n)
+    for i in range(0, n, CHUNK):
+        raw[i:i + CHUNK] = np.nan
     data.fill_features(raw, names, pieces, lambda: release(raw))
 
     # Cells that stay (`keep`, their rows): those with a readable patch and at least one measurement
-    for c in chunks(n):
-        measured[c] = np.isfinite(raw[c]).any(1)
-        release(raw)
-    keep = np.flatnonzero(measured & ~np.isin(np.arange(n), list(bad)))
+    measured = np.concatenate([np.isfinite(block).any(1) for _, block in blocks(raw, every)])
+    keep = np.flatnonzero(measured & ~np.isin(every, list(bad)))
     if not measured.all():
         print(f"{(~measured).sum()} cells without measurements dropped, first: {cells['cell'][~measured].iloc[0]}")
     if bad:
@@ -733,27 +711,23 @@ def write_folder(out, cells, names, dropped, pieces, units, read_unit, channels,
     if not len(column):
         raise InputError("every feature was dropped: " + "; ".join(f"{k}: {v}" for k, v in list(dropped.items())[:3]))
     features, (_, centre, scale) = [names[j] for j in column], moments
-    for j in column:
-        if names[j].endswith("_AreaShape_Orientation") and scale[j] < 1.6:
-            print(f"{names[j]} looks like radians, as CellProfiler 4.0 wrote it (other versions: degrees); do not mix tables of both")
     plates = plate_scales(raw, keep, cells, scale) if options["normalise"] == "plate-dmso" else {}
     final, imputed, clipped = create("features.npy", np.float32, len(keep), len(column)), 0, 0
-    for c in chunks(len(keep)):
-        block = raw[keep[c]].astype(np.float64)
+    for c, block in blocks(raw, keep):
         mid = np.stack([plates[p]["centre"] for p in cells["plate"][c]]) if plates else centre
         sd = np.stack([plates[p]["scale"] for p in cells["plate"][c]]) if plates else scale
         missing = ~np.isfinite(block)
-        block = np.where(missing, mid, block)
+        block = np.where(missing, mid, block)  # float64
         imputed += missing.sum(0)
         clipped += (np.abs(block - mid) > CLIP * sd).sum(0)
         final[c] = block[:, column]
-        release(final), release(raw)
+        release(final)
     white, black = white_levels(patches, train)
     if len(keep) < n:
         kept = create("patches.tmp", np.uint16, len(keep), *patches.shape[1:])
-        for c in chunks(len(keep)):
-            kept[c] = patches[keep[c]]
-            release(kept), release(patches)
+        for c, block in blocks(patches, keep):
+            kept[c] = block
+            release(kept)
         (work / "progress").unlink()  # if interrupted from here on, patches are read again: patches.npy has other rows now
         os.replace(work / "patches.tmp", path)
 
@@ -1297,9 +1271,10 @@ def measure(images, masks, channels=("DAPI", "Tubulin", "Actin"), scale=3, chunk
     return names[0], np.concatenate(values)
 
 
-def measure_by_cp_measure(images, masks, channels=CHANNELS):
+def measure_by_cp_measure(images, masks, channels=CHANNELS, device="cpu"):
     """The same job as `measure`, by the package cp_measure 0.3.0 (optional), which knows more features: names and values (N, F).
-    Patches are tiled with a gap into one picture, as the package wants it; `legacy`: CellProfiler's definitions. InputError without it."""
+    Patches are tiled with a gap into one picture, as the package wants it; `legacy`: CellProfiler's definitions. Runs on the CPU only.
+    InputError without the package."""
     try:
         from cp_measure.bulk import get_core_measurements, get_correlation_measurements
     except ImportError:
@@ -1340,6 +1315,17 @@ def measure_by_cp_measure(images, masks, channels=CHANNELS):
 ENGINES = {"ours": measure, "cp_measure": measure_by_cp_measure}
 
 
+def measurements(x, channels, white=None, engine="ours", **options):
+    """CellProfiler's measurements of the middle cell of pictures (N, 3, H, W) in 0..1 -> frame (N rows, F columns); NaN without a nucleus.
+    One segmentation and one engine for real and generated cells; places in the crop are left out. `white` (3,): 16-bit levels that 1 stands
+    for (image norm percentile), intensities are then CellProfiler's; without it they are relative."""
+    if len(channels) != 3:
+        raise InputError(f"channels {', '.join(channels)}: segmenting needs three, the nucleus first")
+    x = np.asarray(x, np.float32) * (1 if white is None else np.asarray(white, np.float32)[:, None, None] / FULL_SCALE)
+    names, values = ENGINES[engine](x, segment(x), channels, **options)
+    return pd.DataFrame(np.where(np.isfinite(values), values, np.nan), columns=names)[sort_columns(names)[0]]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole fields without CellProfiler: segmented and measured here, written as CellProfiler's tables
 
@@ -1360,7 +1346,7 @@ def measure_fields(images, export, image_csv, channels, workers, skip_bad, engin
                 fields[Path(row[0]).stem] = [found.get(name, Path(images) / name) for name in row]
     else:
         for path in found.values():
-            if match := re.match(r"(.+)_w(\d+)", path.stem):
+            if match := re.match(r"(.+)_w(\d)", path.stem):
                 fields.setdefault((path.parent, match[1]), []).append((int(match[2]), path))
         fields = {files[0][1].stem: [path for _, path in files] for files in map(sorted, fields.values())}
     for files in fields.values():
@@ -1502,9 +1488,10 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    keep_freed_memory()
+    data.keep_freed_memory()
     if args.check:
-        equal = data.check_folder(args.check)
+        folder = data.open_folder(args.check)
+        equal = {name: data.checksum(folder.path / name) == folder.meta["checksums"][name] for name in data.FILES}
         for name, same in equal.items():
             print(f"{args.check}/{name}: {'as written' if same else 'CHANGED since it was prepared'}")
         if not all(equal.values()):
@@ -1545,6 +1532,8 @@ def main(argv=None):
                                                      args.skip_bad, args.engine)
         cells, names, dropped, pieces, report, files = fields_table(args.images, export, args.image_csv, channels, args.columns,
                                                                     moa, args.skip_bad)
+    if not names:
+        raise InputError(f"no feature column{f' matches --columns {args.columns}' if args.columns else ''}; expected names like Nuclei_AreaShape_Area")
     stay, more = choose_cells(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
     cells, pieces = data.keep_cells(cells, pieces, stay)
     print("\n".join(report + more))
@@ -1564,10 +1553,9 @@ def main(argv=None):
     else:
         read_unit = fields_unit
         units = [(part.index[0], (files[field], part["x"].to_numpy(), part["y"].to_numpy())) for field, part in fields.items()]
-    meta = write_folder(out, cells, names, dropped, pieces, units, read_unit, channels, options, args.workers, args.skip_bad)
+    write_folder(out, cells, names, dropped, pieces, units, read_unit, channels, options, args.workers, args.skip_bad)
     print(describe(out))
-    small = "" if meta["counts"]["treatments"] > 7 else " --batch 32"
-    print(f"done in {time.perf_counter() - begin:.1f} s; next: python train.py --data {args.out}{small}")
+    print(f"done in {time.perf_counter() - begin:.1f} s; next: python train.py --data {args.out}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import ctypes
 import itertools
 import json
 import os
@@ -57,9 +56,7 @@ RESUMABLE = {"steps", "run", "resume", "data", "device", "graph", "resident", "c
 
 def hidden_weights(step, ramp):
     """w_k = clip((step - ramp (k+1)) / ramp, 0, 1) for the four hidden maps (4,); step = steps already done (released code, ramp 2500).
-
-    `step` may be a tensor on a GPU, which a CUDA graph reads anew each time.
-    """
+    `step` may be a tensor on a GPU, which a CUDA graph reads anew each time."""
     step = torch.as_tensor(step, dtype=torch.float64)
     k = torch.arange(model.HIDDEN_MAPS, device=step.device)
     return ((step - ramp * (k + 1)) / ramp).clamp(0, 1) if ramp else torch.ones_like(k, dtype=step.dtype)
@@ -82,10 +79,8 @@ def autocast(x, amp):
 
 def compare(D, x, x_fake, x_real, amp=None):
     """What the discriminator says of images (B, C, H, W): (hidden (4,), loss_d, p_real, p_fake).
-
     It sees [x_real, x_fake] in one pass, which sets the batch-norm moments, and the originals x follow by the same moments. Nothing is
-    detached: the maps of the originals depend on the generated images through those moments, and the released gradient has that path.
-    """
+    detached: the maps of the originals depend on the generated images through those moments, and the released gradient has that path."""
     b = len(x)
     with autocast(x, amp):
         (logit, h), (_, h_x) = D((x_real, x_fake.to(x_real.dtype)), x)
@@ -96,9 +91,7 @@ def compare(D, x, x_fake, x_real, amp=None):
 
 def losses(G, D, f, x, x_real, amp=None):
     """One forward pass of CP2Image -> (loss_pix, hidden (4,), loss_d, p_real, p_fake, x_fake).
-
-    f (B, F) and x (B, C, H, W) are the same cells; x_real is a second, independent batch.
-    """
+    f (B, F) and x (B, C, H, W) are the same cells; x_real is a second, independent batch."""
     with autocast(x, amp):
         x_fake = G(f)
     return model.pixel_loss(x, x_fake), *compare(D, x, x_fake, x_real, amp), x_fake
@@ -107,11 +100,9 @@ def losses(G, D, f, x, x_real, amp=None):
 def cp2image_step(G, D, opt_g, opt_d, f, x, x_real, step, ramp=2500, pixel_weight=1.0, hidden_weight=1.0, weight_decay=1e-4,
                   order="shared", amp=None, scaler=None):
     """One step of the released code, or with order="alternate" of the paper's text; returns the detached TERMS of the log.
-
     shared: both gradients come from one forward pass with the parameters before either update; then every kernel shrinks by
     weight_decay, then both updates are subtracted. alternate: the generator's step first, then the discriminator's on fresh images.
-    `step`: steps already done. `scaler`: a torch.amp.GradScaler for fp16.
-    """
+    `step`: steps already done. `scaler`: a torch.amp.GradScaler for fp16."""
     loss_pix, hidden, loss_d, p_real, p_fake, _ = losses(G, D, f, x, x_real, amp)
     loss_hidden = fade_in(hidden, step, ramp)
     loss_g = pixel_weight * loss_pix + hidden_weight * loss_hidden  # no adversarial term
@@ -145,10 +136,8 @@ def vae_step(G, D, opt_g, opt_d, f, x, x_real, step, beta=2.0, ramp=2500, pixel_
 
 def gan_step(G, D, opt_g, opt_d, f, x, x_real, step, kind="lsgan", label_low=0.8, mix="pixel", weight_decay=0.0, amp=None, scaler=None):
     """One step of CytoGAN's LSGAN, DCGAN or WGAN: D on fakes of a generator in eval mode, then the generator on fresh noise.
-
     Labels are times U(label_low, 1), which smooths those of real images only. "WGAN" is WGAN with gradient penalty 10 and one critic
-    step; as the code ran, every pixel is mixed in its own share (mix "pixel"), in the text every image ("image").
-    """
+    step; as the code ran, every pixel is mixed in its own share (mix "pixel"), in the text every image ("image")."""
     noise = lambda: torch.randn(len(x), bare(G).latent, device=x.device, dtype=x.dtype)
     with torch.no_grad(), autocast(x, amp):
         G.eval()
@@ -194,8 +183,8 @@ def update(parts, weight_decay, scaler=None):
 @torch.no_grad()
 def decay(net, weight_decay):
     """Every convolution kernel times (1 - weight_decay), before the update is subtracted."""
-    for kernel in model.kernels(net) if weight_decay else ():
-        kernel.mul_(1 - weight_decay)
+    if weight_decay:
+        torch._foreach_mul_(model.kernels(net), 1 - weight_decay)  # one launch for all on a GPU
 
 
 def bare(net):
@@ -206,9 +195,7 @@ def bare(net):
 @torch.no_grad()
 def evaluate_losses(G, D, folder, rows, image_norm, device, batch=256):
     """Pixel loss and summed hidden loss (NaN without a learned metric) in eval mode, a mean over the given cells: train_pix, ..."""
-    modes = [(net, net.training) for net in (G, D) if net is not None]
-    for net, _ in modes:
-        net.eval()
+    nets = [net.eval() for net in (G, D) if net is not None]
     total = torch.zeros(2, dtype=torch.float64)
     for i in range(0, len(rows), batch):
         f, x = load_batch(folder, rows[i:i + batch], image_norm, device)
@@ -217,8 +204,8 @@ def evaluate_losses(G, D, folder, rows, image_norm, device, batch=256):
             (_, h), (_, h_fake) = D(x), D(x_fake)
             hidden = model.hidden_losses(h, h_fake, x[0].numel()).sum()
         total += torch.stack([model.pixel_loss(x, x_fake).cpu(), hidden.cpu()]).double() * len(f)
-    for net, training in modes:
-        net.train(training)
+    for net in nets:
+        net.train()
     return (total / len(rows)).tolist()
 
 
@@ -260,11 +247,6 @@ class Resident:
         return self.f[rows], scaled(self.patches[rows], self.image_norm, self.white)
 
 
-def bytes_of(folder):
-    """What Resident takes."""
-    return folder.patches.nbytes + 4 * folder.raw.size
-
-
 class Ahead:
     """load(step) worked out in threads some steps before it is asked for: reading the memory map overlaps the device's work."""
 
@@ -280,9 +262,7 @@ class Ahead:
 
 class Graphed:
     """A step (a function of tensors of fixed shapes on a GPU) as one CUDA graph: three calls as they are, then recorded and replayed.
-
-    A replay is one launch for forward, backward and both optimisers, instead of hundreds. What the step returns is overwritten by the next.
-    """
+    A replay is one launch for forward, backward and both optimisers, instead of hundreds. What the step returns is overwritten by the next."""
 
     def __init__(self, step):
         self.step, self.calls, self.graph, self.stream = step, 0, None, torch.cuda.Stream()
@@ -309,16 +289,6 @@ class Graphed:
 # What a run leaves behind
 
 
-def save_atomically(state, path):
-    """torch.save to a temporary name beside `path`, flushed to the disk, then renamed: a reader sees the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 @torch.no_grad()
 def save_samples(path, G, folder, rows, image_norm, device, per_line=13):
     """A PNG of the given cells, each line of real cells with what G draws of them below it (a GAN: free samples); DAPI blue, tubulin
@@ -329,9 +299,7 @@ def save_samples(path, G, folder, rows, image_norm, device, per_line=13):
     real, fake = data.composite(x), data.composite(model.draw(G, f, x, noise))
     G.train(training)
     lines = [part for i in range(0, len(rows), per_line) for part in (real[i:i + per_line], fake[i:i + per_line])]
-    temporary = path.with_suffix(".tmp")
-    Image.fromarray(data.tile(lines)).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    data.write(path, lambda p: Image.fromarray(data.tile(lines)).save(p, format="PNG"))
 
 
 def log_line(step, steps, row, eta):
@@ -351,14 +319,9 @@ def log_line(step, steps, row, eta):
 
 def keep_rows(path, step):
     """Cuts a log back to the rows up to `step`, so that a resumed run writes each step once."""
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        rows = [row for row in reader if int(row["step"]) <= step]
-    with open(path.with_suffix(".tmp"), "w", newline="") as file:
-        writer = csv.DictWriter(file, reader.fieldnames)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path.with_suffix(".tmp"), path)
+    header, *rows = path.read_bytes().splitlines(keepends=True)
+    kept = [row for row in rows if int(row.split(b",")[0]) <= step]
+    data.write(path, lambda p: p.write_bytes(b"".join([header, *kept])))
 
 
 def load_optimiser(opt, state, device):
@@ -430,30 +393,6 @@ def parse(argv):
     return args
 
 
-def pick_device(name):
-    """The torch device for a --device flag; InputError if this machine does not have it."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        device = torch.empty(1, device=device).device  # with its number
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError
-    except (RuntimeError, AssertionError, NotImplementedError):
-        last = max(torch.cuda.device_count() - 1, 0)
-        raise data.InputError(f"--device {name}: not on this machine; expected auto, cpu, cuda or cuda:0..{last}") from None
-    return device
-
-
-def keep_freed_memory():
-    """Has freed memory kept for the next tensor (giving it back and faulting it in again made a CPU step 2 to 7 times slower), in large
-    pages. To be called before the first tensor."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's own switch for large pages
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1), mallopt(-4, 0)  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no separate mappings
-    except (AttributeError, OSError):
-        pass  # another C library: nothing to set
-
-
 def plain_layers():
     """The layers as the released code has them, in place of model.py's rewrites, for --bench and the tests: a context manager."""
     def batch_norm(bn, x, follow=None, pool=False, n=None):
@@ -504,10 +443,8 @@ def clock(device, call, *arguments):
 
 def bench(n, batch_of, steppers, opts, cells, device, first=0):
     """Prints ms a step, cells/s, peak memory and the share of batch, updates and the rest, for each of `steppers` {name: (context, step)}.
-
     n steps of each in turn, from step `first`, so that a busy machine slows all alike. It waits for the device after every part, so
-    training, where reading overlaps, is no slower. The share of updates is that of eager ones, so it is left out for a graph.
-    """
+    training, where reading overlaps, is no slower. The share of updates is that of eager ones, so it is left out for a graph."""
     times, peaks, batches = {name: [] for name in steppers}, dict.fromkeys(steppers, 0), itertools.count()
     for i in range(n + 5):
         for name, (context, step) in steppers.items():
@@ -520,15 +457,15 @@ def bench(n, batch_of, steppers, opts, cells, device, first=0):
                 updating, _ = clock(device, lambda: [opt.step() for opt in opts])  # once more, alone
             times[name].append((loading + stepping, loading, updating))
             peaks[name] = max(peaks[name], used)
-    fastest = None
+    base = None
     for name, rows in times.items():
         total, loading, updating = (statistics.median(column) for column in zip(*rows[5:]))
-        fastest = fastest or total
+        base = base or total
         parts = f"batch {loading / total:.0%}"
         if "graph" not in name:
             parts += f", updates {updating / total:.0%}, forward and backward {1 - (loading + updating) / total:.0%}"
         memory = f"; at most {peaks[name] / 2 ** 30:.2f} GiB on the device" if peaks[name] else ""
-        print(f"bench  {name}: {total:.2f} ms a step (median of {n}), {1000 * cells / total:.0f} cells/s, {total / fastest:.2f} times the "
+        print(f"bench  {name}: {total:.2f} ms a step (median of {n}), {1000 * cells / total:.0f} cells/s, {total / base:.2f} times the "
               f"first; {parts}{memory}")
     print(f"bench  peak memory of the process, all together {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
 
@@ -551,9 +488,10 @@ def main(argv=None):
     args = parse(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     local = args.device if world == 1 or args.device == "cpu" or not torch.cuda.is_available() else f"cuda:{os.environ['LOCAL_RANK']}"
-    device = pick_device(local)
+    device = data.pick_device(local)
     if device.type == "cpu":
-        keep_freed_memory()
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's own switch for large pages; before the first tensor
+        data.keep_freed_memory()
     else:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
@@ -594,12 +532,13 @@ def main(argv=None):
     opts = [(opt, lr) for opt, lr in ((opt_g, args.lr_g), (opt_d, args.lr_d)) if opt]
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     if args.compile:
+        torch._functorch.config.donated_buffer = False  # two gradients come from one forward pass
         G.compile(), D is None or args.model == "wgan" or D.compile()  # the gradient penalty needs a second derivative
     wrapped = [net if world == 1 or net is None else torch.nn.parallel.DistributedDataParallel(net) for net in (G, D)]
 
     # Where batches come from
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    resident = args.resident == "on" or args.resident == "auto" and bytes_of(folder) < 0.7 * free
+    resident = args.resident == "on" or args.resident == "auto" and folder.patches.nbytes + 4 * folder.raw.size < 0.7 * free
     if resident and device.type != "cuda":
         raise data.InputError("--resident on needs a CUDA device; leave it at auto")
     draw = lambda step: np.concatenate([sampler.draw(args.seed, step, 2 * rank + stream) for stream in (0, 1)])
@@ -684,7 +623,7 @@ def main(argv=None):
         differ = [f"--{k.replace('_', '-')} {v} (was {old.get(k)})" for k, v in settings.items() if old.get(k) != v]
         if differ:
             raise data.InputError(f"{run}: resumed with other settings: {', '.join(differ)}; give the old ones, or start another --run")
-        if state["identity"] != folder.identity():
+        if state["identity"] != folder.identity:
             raise data.InputError(f"{run}: was trained on another prepared folder than {args.data} (checksums differ)")
         for net, saved in ((G, "G"), (D, "D"), (G_ema, "G_ema")):
             if net is not None:
@@ -712,7 +651,7 @@ def main(argv=None):
                  "channels": folder.channels, "centre": folder.centre, "scale": folder.scale, "normalise": folder.normalise,
                  "image_norm": args.image_norm, "white": folder.white if args.image_norm == "percentile" else None, "G": G.state_dict(),
                  "G_ema": None if G_ema is None else G_ema.state_dict(), "D": None if D is None else D.state_dict(), "settings": settings,
-                 "identity": folder.identity(), "command": command}
+                 "identity": folder.identity, "command": command}
         optimisers = {"opt_g": opt_g.state_dict(), "opt_d": opt_d and opt_d.state_dict(), "scaler": scaler.state_dict()}
         return {**state, **optimisers} if full else state
 
@@ -762,7 +701,7 @@ def main(argv=None):
                     row[f"{name}_pix"], row[f"{name}_hidden"] = evaluate_losses(best_G, D, folder, rows, args.image_norm, device)
                 if row["val_pix"] < best:
                     best = row["val_pix"]
-                    save_atomically(state_of(full=False), run / "best.pt")
+                    data.write(run / "best.pt", partial(torch.save, state_of(full=False)))
             eta = (args.steps - step) * (time.perf_counter() - started) / (step - first_step)
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
             say(log_line(step, args.steps, row, eta), flush=True)
@@ -770,11 +709,11 @@ def main(argv=None):
                 save_samples(run / "samples" / f"step{step:06d}.png", best_G, folder, shown, args.image_norm, device)
             if do_save:
                 log.flush()
-                save_atomically(state_of(full=True), last)
+                data.write(last, partial(torch.save, state_of(full=True)))
                 saved = step
             since, clock = step, time.perf_counter()  # the rate leaves validation and saving out; the eta does not
         if caught and rank == 0 and saved != step and first_bad < 0:
-            save_atomically(state_of(full=True), last)
+            data.write(last, partial(torch.save, state_of(full=True)))
             saved = step
         if world > 1:
             dist.barrier()  # torchrun ends the others as soon as one leaves
