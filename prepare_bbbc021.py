@@ -1264,7 +1264,7 @@ def measure(images, masks, channels=("DAPI", "Tubulin", "Actin"), scale=3, chunk
 
     threads = torch.get_num_threads()  # chunks side by side: threads within such small tensors made it three times slower
     try:
-        with ThreadPoolExecutor(threads if device == "cpu" else 1) as pool:
+        with ThreadPoolExecutor(threads if torch.device(device).type == "cpu" else 1) as pool:
             names, values = zip(*pool.map(part, range(0, len(images), chunk)))
     finally:
         torch.set_num_threads(threads)

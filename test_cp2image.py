@@ -932,9 +932,9 @@ def test_working_on_a_table_of_measurements_takes_little_more_than_the_table():
 
 
 def test_wells_of_plates_without_two_dmso_wells_are_left_out_of_nsc(judged, monkeypatch, capsys):
-    known = lambda x, masks, channels: (["Nuclei_AreaShape_Area", "Nuclei_Intensity_Mean", "Cells_AreaShape_Area"],
+    known = lambda x, masks, channels, device: (["Nuclei_AreaShape_Area", "Nuclei_Intensity_Mean", "Cells_AreaShape_Area"],
                                        np.column_stack([x.sum((1, 2, 3)), x.std((1, 2, 3)), x[:, 1].std((1, 2))]))
-    monkeypatch.setitem(evaluate.ENGINES, "ours", known)  # a nucleus in every picture: the untrained generator is scored too
+    monkeypatch.setitem(prepare.ENGINES, "ours", known)  # a nucleus in every picture: the untrained generator is scored too
     found, said = evaluate_run(judged, out="few"), capsys.readouterr().out
     folder = data.open_folder(judged / "data")
     wells = folder.cells.iloc[evaluate.choose_cells(folder, "train", 40, 0)].drop_duplicates(["plate", "well"])
@@ -2321,7 +2321,7 @@ def test_latent_spaces(kind, folder_path, tmp_path, monkeypatch, capsys):
     base, report = (folder_path, run, out), lambda files: json.loads(files["json"].read_text())
     if kind == "lsgan":  # noise as yet: no nucleus in any picture
         refuses("too few cells, 0 of 60 have a value of Nuclei_AreaShape_Area", edit_call, "algebra", *base)
-    monkeypatch.setattr(interpolate, "segment", lambda x: np.tile((ellipse() + 2 * ellipse(a=20, b=20)).astype(np.uint8), (len(x), 1, 1)))
+    monkeypatch.setattr(prepare, "segment", lambda x: np.tile((ellipse() + 2 * ellipse(a=20, b=20)).astype(np.uint8), (len(x), 1, 1)))
     folder, G = data.open_folder(folder_path), model.load(run / "last.pt")
     lab, rows = interpolate.open_lab(G, folder, "test", 0, "cpu"), folder.rows("test")
     if kind == "lsgan":

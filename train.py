@@ -183,7 +183,7 @@ def update(parts, weight_decay, scaler=None):
 @torch.no_grad()
 def decay(net, weight_decay):
     """Every convolution kernel times (1 - weight_decay), before the update is subtracted."""
-    if weight_decay:
+    if weight_decay and model.kernels(net):
         torch._foreach_mul_(model.kernels(net), 1 - weight_decay)  # one launch for all on a GPU
 
 
