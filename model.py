@@ -174,12 +174,12 @@ def phases(weight):
 
 def double_and_convolve(h, weight, padding=4):
     """F.conv2d(F.interpolate(h, scale_factor=2), weight, padding=padding), weight 5x5, an even padding: 36 % of its multiplications.
-    The pixels come in another order, (B, C, n, 4 n) for (B, C, 2 n, 2 n): batch norm does not see it; `in_place` puts them right."""
+    The pixels come in another order, (B, C, n, 4 n) for (B, C, 2 n, 2 n): batch norm does not see it; `interleave` puts them right."""
     y = F.conv2d(h, phases(weight), padding=padding // 2).permute(0, 2, 3, 1)  # (B, n, n, 4 C)
     return y.unflatten(3, (4, -1)).flatten(2, 3).permute(0, 3, 1, 2)
 
 
-def in_place(y):
+def interleave(y):
     """The four phases, side by side as (B, C, n, 4 n) or (B, 4 C, n, n), where their pixels belong: (B, C, 2 n, 2 n)."""
     n = y.shape[2]
     y = y.permute(0, 2, 3, 1).reshape(len(y), n, n, 2, 2, -1).transpose(2, 3)  # (B, n, 2 rows, n, 2 columns, C)
@@ -205,10 +205,10 @@ class Generator(nn.Module):
 
     def forward(self, f):
         h = leaky(self.bn0(spread_vector(f, self.conv0.weight)))  # (B, 32, 5, 5)
-        h = in_place(leaky(self.bn1(double_and_convolve(h, self.conv1.weight))))  # nearest to 10, (B, 32, 14, 14)
-        h = in_place(leaky(self.bn2(double_and_convolve(h, self.conv2.weight))))  # nearest to 28, (B, 32, 32, 32)
+        h = interleave(leaky(self.bn1(double_and_convolve(h, self.conv1.weight))))  # nearest to 10, (B, 32, 14, 14)
+        h = interleave(leaky(self.bn2(double_and_convolve(h, self.conv2.weight))))  # nearest to 28, (B, 32, 32, 32)
         h = leaky(self.bn3(double_and_convolve(h, self.conv3.weight)))  # nearest to 64, (B, 32, 68, 68)
-        return in_place(leaky(self.bn_out(self.conv_out(h))))  # (B, C, 68, 68)
+        return interleave(leaky(self.bn_out(self.conv_out(h))))  # (B, C, 68, 68)
 
 
 class Discriminator(nn.Module):
@@ -301,7 +301,7 @@ class NoiseGenerator(nn.Module):
         h = channels_last(h)  # (B, 256, 9, 9) for 68 pixels
         for i in (1, 2, 3):
             layer = getattr(self, f"conv{i}")
-            h = in_place(double_and_convolve(h, layer.weight, 2)) + layer.bias[:, None, None]  # (B, 128, 18, 18), (B, 64, 36, 36), (B, 32, 72, 72)
+            h = interleave(double_and_convolve(h, layer.weight, 2)) + layer.bias[:, None, None]  # (B, 128, 18, 18), (B, 64, 36, 36), (B, 32, 72, 72)
             h = F.leaky_relu(getattr(self, f"bn{i}")(h), 0.2)
         x = (torch.tanh(self.conv4(h)) + 1) / 2
         cut = (x.shape[2] - self.size) // 2
@@ -372,10 +372,10 @@ class Folded(nn.Module):
 
     def forward(self, f):
         h = leaky(torch.addmm(self.bias0, f, self.weight0), True).view(-1, 5, 5, 32).permute(0, 3, 1, 2)
-        h = in_place(leaky(F.conv2d(h, self.weight1, self.bias1, padding=2), True))  # (B, 32, 14, 14)
-        h = in_place(leaky(F.conv2d(h, self.weight2, self.bias2, padding=2), True))  # (B, 32, 32, 32)
+        h = interleave(leaky(F.conv2d(h, self.weight1, self.bias1, padding=2), True))  # (B, 32, 14, 14)
+        h = interleave(leaky(F.conv2d(h, self.weight2, self.bias2, padding=2), True))  # (B, 32, 32, 32)
         h = leaky(F.conv2d(h, self.weight3, self.bias3, padding=2), True)  # (B, 4 * 32, 34, 34)
-        return in_place(leaky(F.conv2d(h, self.weight4, self.bias4), True))  # (B, C, 68, 68)
+        return interleave(leaky(F.conv2d(h, self.weight4, self.bias4), True))  # (B, C, 68, 68)
 
 
 def draw(G, f, x, z):

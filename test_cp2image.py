@@ -1078,7 +1078,7 @@ def test_fast_layers_are_the_plain_ones():
     both = []
     for context in (contextlib.nullcontext, train.plain_layers):
         with context():
-            both.append([model.spread_vector(f, w0), *(model.in_place(model.double_and_convolve(h, w1, padding)) for padding in (4, 2))])
+            both.append([model.spread_vector(f, w0), *(model.interleave(model.double_and_convolve(h, w1, padding)) for padding in (4, 2))])
     assert both[0][1].shape == (2, 4, 14, 14) and both[0][2].shape == (2, 4, 10, 10)
     pairs = [(*pair, inputs) for *pair, inputs in zip(*both, [[w0], [h, w1], [h, w1]])]
     for fast, plain, inputs in pairs:

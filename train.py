@@ -422,7 +422,7 @@ def plain_layers():
 
     replaced = {(model, "spread_vector"): lambda f, weight: F.conv2d(f[:, :, None, None], weight, padding=4),
                 (model, "double_and_convolve"): lambda h, weight, pad=4: F.conv2d(F.interpolate(h, scale_factor=2), weight, padding=pad),
-                (model, "in_place"): lambda y: y, (model, "channels_last"): lambda x: x, (model.BatchNorm, "upright"): lambda bn, kernel: kernel,
+                (model, "interleave"): lambda y: y, (model, "channels_last"): lambda x: x, (model.BatchNorm, "upright"): lambda bn, kernel: kernel,
                 (model.BatchNorm, "forward"): batch_norm, (model.Discriminator, "forward"): forward}
     stack = contextlib.ExitStack()
     for (owner, name), function in replaced.items():
