@@ -1533,7 +1533,8 @@ def main(argv=None):
         cells, names, dropped, pieces, report, files = fields_table(args.images, export, args.image_csv, channels, args.columns,
                                                                     moa, args.skip_bad)
     if not names:
-        raise InputError(f"no feature column{f' matches --columns {args.columns}' if args.columns else ''}; expected names like Nuclei_AreaShape_Area")
+        matching = f" matches --columns {args.columns}" if args.columns else ""
+        raise InputError(f"no feature column{matching}; expected names like Nuclei_AreaShape_Area")
     stay, more = choose_cells(cells, args.taxol_controls, args.exclude, args.limit, args.seed)
     cells, pieces = data.keep_cells(cells, pieces, stay)
     print("\n".join(report + more))
