@@ -486,11 +486,11 @@ def bench_drawing(n, G, n_features, device):
 
 def main(argv=None):
     args = parse(argv)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's own switch for large pages on a CPU, read at the first tensor
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     local = args.device if world == 1 or args.device == "cpu" or not torch.cuda.is_available() else f"cuda:{os.environ['LOCAL_RANK']}"
     device = data.pick_device(local)
     if device.type == "cpu":
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's own switch for large pages; before the first tensor
         data.keep_freed_memory()
     else:
         torch.cuda.set_device(device)
