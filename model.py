@@ -60,10 +60,11 @@ def flat(x):
 
 def moments(x):
     """Mean and biased variance (C,) of x (B, C, H, W), in float32 at least."""
+    rows = flat(x)
     if x.is_cuda:
-        return torch.batch_norm_update_stats(flat(x), None, None, 0.0)
-    wide = torch.zeros(2, flat(x).shape[1], dtype=torch.promote_types(x.dtype, torch.float32))  # says in which precision
-    mean, var = (v.view(-1, x.shape[1]) for v in torch.batch_norm_update_stats(flat(x), *wide, 0.0))  # of each column
+        return torch.batch_norm_update_stats(rows, None, None, 0.0)
+    wide = torch.zeros(2, rows.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))  # says in which precision
+    mean, var = (v.view(-1, x.shape[1]) for v in torch.batch_norm_update_stats(rows, *wide, 0.0))  # of each column
     return mean.mean(0), var.mean(0) + mean.var(0, correction=0)
 
 

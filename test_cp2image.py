@@ -3393,7 +3393,7 @@ def test_patches_survive_death_at_any_line(tmp_path, monkeypatch):
         assert work() == {2: "bad"} and (target[:, 0, 0, 0] == [1, 1, 2, 2, 3, 3]).all(), at
         if not died:
             break
-    assert 50 < at < 999
+    assert 57 < at < 999
 
 
 @pytest.mark.filterwarnings("ignore:.*fork")
