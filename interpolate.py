@@ -1,11 +1,11 @@
-"""Edit the measurements of a cell and look at the cell; every picture is measured again, and every edit says how far it leaves the data.
+"""Edit the measurements of a cell and look at the cell. Every picture is measured again, and every edit says how far it leaves the data.
 
     python interpolate.py sweep --data out/ --run runs/cp2image-seed0 --feature Nuclei_AreaShape_Area --html cell.html
-    python interpolate.py {sweep --fig4c, moa, dose, walk, algebra, controllability, coupling} --data out/ --run runs/cp2image-seed0
+    python interpolate.py {sweep --fig4c, moa, dose, walk, algebra, controllability, coupling} --data out/ --run RUN
     python interpolate.py {walk, algebra, latents} --data out/ --run runs/lsgan-seed0       # or a VAE: in its latent space
 
-Reads a prepared folder and a run. Writes OUT/<figure>.png, .json and .csv (equal calls, equal bytes), with --gif OUT/<figure>.gif, with
---html FILE one page with a slider per edited feature that any browser opens offline. Cost: 50 pictures/s with 860 features on one CPU core.
+Reads a prepared folder and a run. Writes OUT/<figure>.json, .csv and .png (equal calls, equal bytes) and, with --html FILE, one page with
+a slider for each edited measurement, which any browser opens offline. Cost: 50 pictures/s with 860 features on one CPU core.
 """
 import argparse
 import base64
@@ -14,7 +14,6 @@ import fnmatch
 import functools
 import html
 import io
-import itertools
 import json
 import re
 import sys
@@ -25,75 +24,86 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from scipy import stats
+from scipy.spatial.distance import cdist
 
 import data
 import model
 from data import InputError
-from prepare_bbbc021 import measurements
 
-FIG4C = ["Nuclei_AreaShape_Area", "Nuclei_AreaShape_Orientation", "Nuclei_Intensity_MeanIntensity_DAPI", "Cytoplasm_AreaShape_Area"]
+FIG4C = ["Nuclei_AreaShape_Area", "Nuclei_AreaShape_Orientation",
+         "Nuclei_Intensity_MeanIntensity_DAPI", "Cytoplasm_AreaShape_Area"]  # rows of the paper's figure
+AREA = FIG4C[0]  # what walks and latents report of their pictures
 BLOCK = 50  # dimensions replaced at once in Fig 5a (paper)
+# --edit: what happens to the measurements that an edit does not name (Cells.edit), in words
+OTHERS = {"hold": "held", "conditional": "moved to their conditional mean"}
+OFFSETS = np.arange(-3.0, 4.0)  # sd, the moves of controllability
 REFERENCE = 20_000  # training cells at most that stand for the data: bounds the memory
 NOISE, FRESH = 500, 2_000  # noise vectors that serve as a GAN's cells, and more that stand for its data
 GROUP = 200  # cells at most of a concentration in Fig 5b: DMSO would be most of the principal axes
-PAGE = 1300  # pictures at most in a page
+STOPS = 25  # of a slider
+DRAWS = 20  # of cells, in algebra
+TERMS = 3  # cells averaged in each of its terms
+# high, low, other -> these three, and high - low + other
+SUM = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, -1, 1]])
 ALIKE = 0.05  # sd: a measurement that halving the brightness moves by more depends on it
-EXTRACTOR = "prepare_bbbc021.segment and measure"
+EXTRACTOR = "data.segment and measure"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Edits of measurements: raw values (n, F) in CellProfiler's units, or z (n, F) in standard deviations
+# ------------------------------------------------------------------------------------------------------------
+# Edits of measurements: raw (n, F) in CellProfiler's units, or f (n, F) in standard deviations
 
 
 def find_features(pattern, features, dropped):
-    """The places (g,) of a feature, or of a group by a pattern like 'Nuclei_Texture_*'; InputError: dropped, or the nearest names."""
-    if places := [j for j, name in enumerate(features) if fnmatch.fnmatchcase(name, pattern)]:
-        return places
+    """The places (g,) of a feature, or of a group by a pattern like 'Nuclei_Texture_*'.
+    InputError: it was dropped in preparation (`dropped`: {name: reason}), or is unknown (with the nearest names)."""
+    places = [j for j, name in enumerate(features) if fnmatch.fnmatchcase(name, pattern)]
     if pattern in dropped:
-        raise InputError(f"--feature {pattern}: was left out when the cells were prepared ({dropped[pattern]})")
-    near = difflib.get_close_matches(pattern, features, 5, 0.3) or features[:5]
-    raise InputError(f"--feature {pattern}: not among the model's {len(features)} features; nearest: {', '.join(near)}")
+        raise InputError(f"--feature {pattern}: was left out in preparation ({dropped[pattern]})")
+    if not places:
+        near = difflib.get_close_matches(pattern, features, 5, 0.3)
+        raise InputError(f"--feature {pattern}: not a feature of this model; nearest: {near}")
+    return places
 
 
-def is_angle(names):
-    """Which features (F,) are directions, in degrees that wrap at 180."""
-    return np.array([name.endswith("_Orientation") for name in names])
-
-
-def edit_values(known, own, scale, unit, low, high, steps):
-    """What a sweep asks for: levels (steps,) in `unit`, and raw values (steps, g) of g features moved together.
-    raw: CellProfiler's units (one feature); percentile: of the cells `known` (N, g); sd: from the cell's `own` (g,) value, in `scale` (g,)."""
-    ends = {"sd": (-3, 3), "percentile": (1, 99), "raw": np.quantile(known[:, 0], [0.01, 0.99])}[unit]
-    levels = np.linspace(ends[0] if low is None else low, ends[1] if high is None else high, steps)
-    if unit == "sd":
-        return levels, own + levels[:, None] * scale
-    if unit == "percentile" and (levels.min() < 0 or levels.max() > 100):
-        raise InputError(f"--low {low} --high {high}: percentiles lie between 0 and 100")
-    if unit == "raw" and known.shape[1] > 1:
-        raise InputError(f"--unit raw: {known.shape[1]} features share no unit; move a group in sd or percentile")
-    return levels, np.quantile(known, levels / 100, axis=0) if unit == "percentile" else levels[:, None]
+def edit_values(known, own, scale, low, high, steps):
+    """What a sweep asks for: levels (steps,), their unit, and raw values (steps, g) of g features moved together. One feature: "raw", in
+    CellProfiler's unit, from the 1st to the 99th percentile of `known` (N, 1). A group: "sd", in `scale` (g,) from the cell's `own` (g,)
+    values, from -3 to 3. low, high: other ends."""
+    unit, ends = "sd", (-3, 3)
+    if len(own) == 1:
+        unit, ends = "raw", np.quantile(known, [0.01, 0.99])
+        own, scale = 0, 1  # the levels are the values
+    low = ends[0] if low is None else low
+    high = ends[1] if high is None else high
+    levels = np.linspace(low, high, steps)
+    return levels, unit, own + levels[:, None] * scale
 
 
 def edited(raw, places, values, scale, angle, covariance=None):
-    """Raw vectors (n, F) with the features `places` (g,) set to `values` (n, g); directions wrap into -90..90 degrees.
-    Without `covariance` everything else is held. With it (F, F), of z, the others move as their conditional mean does when the edited
-    ones move: z_o + C_oe C_ee^-1 (z_e' - z_e); an edit to the cell's own values changes nothing. `scale` (F,) or (n, F), `angle` (F,) bool."""
-    out, scale = np.array(raw, np.float64), np.broadcast_to(scale, raw.shape)
+    """Raw vectors (n, F) with the features `places` (g,) set to `values` (n, g); directions (`angle` (F,) bool) wrap into -90..90 degrees.
+    Without `covariance` all else is held. With it (F, F), in sd, the others move as their conditional mean does when the edited
+    ones move: f_o + C_oe C_ee^-1 (f_e' - f_e); an edit to the cell's own values changes nothing."""
+    out = np.array(raw, np.float64)
     if covariance is not None:
         weights = np.linalg.solve(covariance[np.ix_(places, places)], covariance[places])  # (g, F)
-        out += ((values - out[:, places]) / scale[:, places]) @ weights * scale
+        moved = (values - out[:, places]) / scale[places]  # (n, g) in sd
+        out += moved @ weights * scale
     out[:, places] = values
-    return np.where(angle & (abs(out) > 90), (out + 90) % 180 - 90, out)
+    return np.where(angle & (abs(out) > 90), wrap(out), out)
+
+
+def wrap(degrees):
+    """Directions, which are the same after half a turn, in -90..90 degrees."""
+    return (degrees + 90) % 180 - 90
 
 
 def replaced(a, b, block=BLOCK):
-    """Fig 5a: from a (F,) to b (F,), `block` dimensions a step, the largest |b - a| first, ties to the lower: order (F,), path (n, F)."""
-    order, path = np.argsort(-np.abs(b - a), kind="stable"), [a]
-    for start in range(0, len(a), block):
-        path.append(path[-1].copy())
-        path[-1][order[start:start + block]] = b[order[start:start + block]]
-    return order, np.stack(path)
+    """Fig 5a: from a (F,) to b (F,), `block` dimensions a step, the largest |b - a| first, ties to the lower.
+    Returns the order (F,) and the path (n, F)."""
+    order = np.argsort(-np.abs(b - a), kind="stable")
+    rank = np.argsort(order)  # (F,) when each dimension's turn comes
+    done = np.arange(0, len(a) + block, block)  # (n,) dimensions replaced so far
+    return order, np.where(rank < done[:, None], b, a)
 
 
 def line(a, b, steps):
@@ -103,313 +113,366 @@ def line(a, b, steps):
 
 
 def rank_latents(z, steps=9, reach=2):
-    """Of latent vectors z (n, F): mean |z| (F,), the dimensions by it (F,), ties to the lower, and the values (F, steps) of a walk along
-    each, from -reach to reach of its sd (ddof 0) about 0. Source: Donovan-Maiye et al. 2022."""
+    """Of latent vectors z (n, F): mean |z| (F,), the dimensions by it (F,), ties to the lower, and the values (F, steps) of a
+    walk along each, from -reach to reach of its sd (ddof 0) about 0. Source: Donovan-Maiye et al. 2022."""
     size = np.abs(z).mean(0)
-    return size, np.argsort(-size, kind="stable"), z.std(0)[:, None] * np.linspace(-reach, reach, steps)
+    order = np.argsort(-size, kind="stable")
+    return size, order, z.std(0)[:, None] * np.linspace(-reach, reach, steps)
 
 
 def cosine(a, b):
-    """Cosine (n,) between the rows of a (n, F) and b (F,), over the places where b and all of a are finite."""
+    """Cosine (n,) between the rows of a (n, F) and b (F,), over the places where b and all of a are finite; NaN without length."""
     use = np.isfinite(a).all(0) & np.isfinite(b)
-    return a[:, use] @ b[use] / np.maximum(np.linalg.norm(a[:, use], axis=1) * np.linalg.norm(b[use]), 1e-12)
+    a, b = a[:, use], b[use]
+    length = np.linalg.norm(a, axis=1) * np.linalg.norm(b)
+    length[length == 0] = np.nan
+    return a @ b / length
 
 
-def representative(z):
-    """The row of z (n, F) nearest to its mean (Euclid), and its distance."""
-    distance = np.linalg.norm(z - z.mean(0), axis=1)
+def representative(f):
+    """The row of f (n, F) nearest to its mean (Euclid), and its distance."""
+    distance = np.linalg.norm(f - f.mean(0), axis=1)
     return int(distance.argmin()), float(distance.min())
 
 
-def principal_axes(z, k=2):
-    """Mean (F,) and first k principal axes (k, F) of z (n, F); each axis' largest loading is positive."""
-    axes = np.linalg.svd(z - z.mean(0), full_matrices=False)[2][:k]
-    return z.mean(0), axes * np.sign(axes[np.arange(k), np.abs(axes).argmax(1)])[:, None]
+def principal_axes(f, k=2):
+    """Mean (F,) and first k principal axes (k, F) of f (n, F); each axis' largest loading is positive."""
+    mean = f.mean(0)
+    axes = np.linalg.svd(f - mean, full_matrices=False)[2][:k]
+    largest = np.abs(axes).argmax(1)
+    return mean, axes * np.sign(axes[np.arange(k), largest])[:, None]
 
 
-def silhouettes(z, group):
-    """Each row's silhouette (b - a) / max(a, b), Euclid; z (n, F), group (n,) names of two groups or more with 2 rows or more each."""
-    names, group = np.unique(group, return_inverse=True)
-    distance, count, own = torch.cdist(*[torch.tensor(z)] * 2).numpy(), np.bincount(group)[group], np.arange(len(z))
-    mean = np.stack([distance[:, group == g].mean(1) for g in range(len(names))], 1)  # (n, groups)
-    a = mean[own, group] * count / (count - 1)  # without itself
-    mean[own, group] = np.inf
-    b = mean.min(1)
+def silhouettes(f, group):
+    """Each row's silhouette (b - a) / max(a, b), Euclid; f (n, F), group (n,) names: two or more, of 2 rows or more each."""
+    member = pd.get_dummies(group).to_numpy(float)  # (n, groups)
+    count = member.sum(0)
+    total = cdist(f, f) @ member
+    a = (total * member).sum(1) / (member @ count - 1)  # mean distance to the others of its group
+    b = np.where(member, np.inf, total / count).min(1)  # to the nearest other group
     return (b - a) / np.maximum(np.maximum(a, b), 1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def mean_interval(values, seed, name="value"):
+    """Mean of the finite values under `name`, its 95 % bootstrap interval, n."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return {"n": 0}
+    draws = np.random.default_rng(seed).choice(values, (1000, len(values)))
+    low, high = np.percentile(draws.mean(1), [2.5, 97.5])
+    return {name: values.mean(), "low": low, "high": high, "n": len(values)}
+
+
+# ------------------------------------------------------------------------------------------------------------
 # How far from the data
 
 
-def ledoit_wolf(z):
-    """Covariance (F, F) of z (n, F), shrunk towards its mean variance times the identity, and the weight of that (Ledoit and Wolf 2004)."""
-    z = z - z.mean(0)
-    n, f = z.shape
-    s = z.T @ z / n
-    mean = np.trace(s) / f
-    distance = ((s - mean * np.eye(f)) ** 2).sum()
-    noise = min((((z ** 2).sum(1) ** 2).sum() / n - (s ** 2).sum()) / n, distance)
-    shrinkage = noise / distance if distance > 0 else 1.0
-    return (1 - shrinkage) * s + shrinkage * mean * np.eye(f), float(shrinkage)
+def ledoit_wolf(f):
+    """Covariance (F, F) of f (n, F), shrunk towards its mean variance times the identity, and the weight of that (2004)."""
+    f = f - f.mean(0)
+    n, width = f.shape
+    s = f.T @ f / n
+    target = np.trace(s) / width * np.eye(width)
+    distance = ((s - target) ** 2).sum()
+    noise = (((f ** 2).sum(1) ** 2).mean() - (s ** 2).sum()) / n
+    shrinkage = min(noise, distance) / distance if distance > 0 else 1.0
+    return (1 - shrinkage) * s + shrinkage * target, float(shrinkage)
 
 
-def fit_reference(z):
-    """What edits are held against: training cells z (n, F). Their Mahalanobis distances are those of each cell as if it were left out.
-    Without that (Sherman-Morrison) a cell that shaped the covariance would look nearer than any new one. InputError under 20 cells."""
-    if len(z) < 20:
-        raise InputError(f"{len(z)} training cells: too few to say how far an edit leaves the data, 20 are needed")
-    z = np.asarray(z, np.float64)
-    covariance, shrinkage = ledoit_wolf(z)
-    root = np.linalg.inv(np.linalg.cholesky(covariance + 1e-9 * np.eye(z.shape[1])))
-    distance = (((z - z.mean(0)) @ root.T) ** 2).sum(1)
-    some = z[:: -(-len(z) // 1000)]
-    nearest = torch.cdist(torch.tensor(some), torch.tensor(z)).topk(2, largest=False).values[:, 1].numpy()  # the nearest is itself
-    return {"z": z, "mean": z.mean(0), "covariance": covariance, "shrinkage": shrinkage, "root": root,
-            "distances": np.sort(distance / np.maximum(1 - (1 - shrinkage) / len(z) * distance, 1e-9)), "nearest": np.median(nearest)}
+class Reference:
+    """The training cells f (n, F) that edits are held against, with their shrunk `covariance`; InputError under 20 cells.
+    Their own Mahalanobis distances are those of each cell as if it were left out (Sherman-Morrison): a cell that shaped the
+    covariance would otherwise look nearer than any new one."""
+
+    def __init__(self, f):
+        if len(f) < 20:
+            raise InputError(f"{len(f)} training cells: too few to say how far edits go, 20 are needed")
+        self.mean = f.mean(0)
+        self.covariance, self.shrinkage = ledoit_wolf(f)
+        self.inverse = np.linalg.inv(self.covariance + 1e-9 * np.eye(len(self.mean)))
+        inside = self.mahalanobis(f)
+        leverage = (1 - self.shrinkage) / len(f) * inside
+        self.ranked = np.sort(inside / np.maximum(1 - leverage, 1e-9))
+        self.known = f
+        some = f[::len(f) // 1000 + 1]
+        to_others = np.partition(cdist(some, f), 1)[:, 1]  # the nearest is the cell itself
+        self.usual = np.median(to_others)
+
+    def mahalanobis(self, f):
+        """Squared Mahalanobis distance (n,) of f (n, F) from the mean."""
+        moved = f - self.mean
+        return (moved @ self.inverse * moved).sum(1)
+
+    def how_far(self, f):
+        """The percentile (n,) of the Mahalanobis distance of each vector f (n, F) among the training cells'."""
+        return 100 * np.searchsorted(self.ranked, self.mahalanobis(f)) / len(self.ranked)
+
+    def nearest(self, f):
+        """The distance (n,) of each vector to its nearest training cell, in units of what is usual between them (median)."""
+        return cdist(f, self.known).min(1) / max(self.usual, 1e-12)
 
 
-def how_far(reference, z):
-    """Of each vector z (n, F): the percentile of its Mahalanobis distance among the training cells', and the distance to its nearest
-    training cell in units of what is usual between training cells (median): (n,), (n,)."""
-    distance = (((z - reference["mean"]) @ reference["root"].T) ** 2).sum(1)
-    nearest = torch.cdist(torch.tensor(z), torch.tensor(reference["z"])).amin(1).numpy()
-    return 100 * np.searchsorted(reference["distances"], distance) / len(reference["z"]), nearest / max(reference["nearest"], 1e-12)
+def outside(percentile):
+    """The percentile of a vector's distance among that of the known cells, in words."""
+    if percentile > 99:
+        return "far outside the data"
+    if percentile > 95:
+        return "at the data's edge"
+    return "inside the data"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Measured again
 
 
-def depends_on_brightness(x, look):
-    """Which measurements (F,) bool move when x (n, C, H, W) is drawn at half its brightness: what cell-max cannot express."""
-    full, half = look(x), look(x / 2)
-    seen = np.isfinite(full) & np.isfinite(half)
-    sd = np.where(seen, full, 0).std(0) + 1e-12
-    return (np.where(seen, np.abs(half - full), 0) > ALIKE * sd).sum(0) > 0.5 * np.maximum(seen.sum(0), 1)
+def depends_on_brightness(full, half):
+    """Which measurements (F,) bool move when pictures are drawn at half their brightness: what cell-max cannot express.
+    full, half (n, F): measured in the pictures, and in the same at half the brightness."""
+    full = np.ma.masked_invalid(full)
+    moved = np.ma.masked_invalid(half - full)
+    share = (np.abs(moved) > ALIKE * full.std(0)).mean(0)  # of the cells
+    return share.filled(0) > 0.5
 
 
-def controllability(raw, scale, features, places, draw, look, far, offsets=range(-3, 4), covariance=None, relative=None, seed=0):
-    """Moves each feature of `places` by `offsets` sd in n cells, draws, measures again; yields a record (dict) for each.
-    raw, scale (n, F); draw(raw (n, F)) -> pictures of the n cells; look(pictures) -> (n, F); far(raw) -> percentile (n,) outside the data.
-    slope, with a 95 % bootstrap interval over cells: realised per requested sd; off target: mean |slope| of all other features beyond
-    what the edit asked of them; `relative` (F,) bool: measurements that the pictures cannot express and that are left out."""
-    n, angle, offsets, base = len(raw), is_angle(features), np.array(offsets, float), look(draw(raw))
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), 500)  # (500, n)
-    for j in places:
-        asked = [edited(raw, [j], raw[:, [j]] + k * scale[:, [j]], scale, angle, covariance) for k in offsets]
-        got = np.stack([base if k == 0 else look(draw(e)) for k, e in zip(offsets, asked)])  # (K, n, F)
-        lost = int(np.isnan(got).all(2).sum())
-        got[:, :, angle] = np.unwrap(got[:, :, angle], period=180, axis=0)
-        there = np.isfinite(got)
-        x = there * offsets[:, None, None]
-        x = x - there * (x.sum(0) / np.maximum(there.sum(0), 1))  # each cell about its own mean
-        sxy, sxx = (x * np.where(there, got / scale, 0)).sum(0), (x * x).sum(0)  # (n, F): their sums' ratio is the least-squares slope
-        slope = np.where(sxx.sum(0) > 0, sxy.sum(0) / np.maximum(sxx.sum(0), 1e-12), np.nan)
-        slope[slice(0) if relative is None else relative] = np.nan
-        astray = np.abs(slope - (0 if covariance is None else covariance[j] / covariance[j, j]))
-        astray[j] = np.nan
-        worst = int(np.nan_to_num(astray, nan=-1).argmax())
-        percentile = np.stack([far(e) for e in asked])  # (K, n)
-        status = "measured" if np.isfinite(slope[j]) else "relative" if sxx[:, j].any() else "not measured"
-        record = {"feature": features[j], "status": status, "slope": slope[j], "low": np.nan, "high": np.nan, "spearman": np.nan, "n": n,
-                  "off target": np.nanmean(astray), "most off target": features[worst], "its slope": slope[worst], "not segmented": lost,
-                  "outside percentile at 1 sd": np.median(percentile[np.abs(offsets) == 1]), "at the ends": np.median(percentile[[0, -1]])}
-        if status == "measured":
-            y, x = (got[:, :, j] - got[offsets == 0, :, j]).ravel(), np.repeat(offsets, n)
-            record["low"], record["high"] = np.percentile(draws @ sxy[:, j] / np.maximum(draws @ sxx[:, j], 1e-12), [2.5, 97.5])
-            record["spearman"] = stats.spearmanr(x, y, nan_policy="omit").statistic if np.nanstd(y) > 0 else 0.0
-        yield record
+def obedience(asked, got, offsets, features, scale, j, follow=0, seed=0):
+    """How the pictures obey an edit of feature j. asked, got (K, n, F): raw vectors of n cells moved by `offsets` (K,) sd, a 0 among
+    them, and what was measured again, NaN where nothing; scale (F,) one sd of each, NaN where that is another unit -> a record (dict).
+    slope: realised per requested sd, least squares in each cell, mean over the n cells that have one, with a 95 % bootstrap interval;
+    error: median |got - asked| in sd; offset: median of got - asked, which a slope does not show; off target: mean |slope| of the other
+    features beyond `follow` (F,), what the edit asked of them. Where feature j was not measured all but the last are absent."""
+    angle = is_angle(features)
+    got = np.where(angle, np.unwrap(got, period=180, axis=0), got)
+    seen = np.ma.masked_invalid(got)
+    x = offsets[:, None, None] + 0 * seen  # masked as seen is
+    x = x - x.mean(0)  # each cell about its own mean
+    slopes = (x * seen).sum(0) / (x * x).sum(0) / scale  # (n, F)
+    astray = np.abs(slopes.mean(0) - follow).filled(np.nan)
+    astray[j] = np.nan
+    record = {"feature": features[j], "status": "measured", "off target": np.nanmean(astray)}
+    record |= mean_interval(slopes[:, j].filled(np.nan), seed, "slope")
+    if not record["n"]:
+        return record | {"status": "not measured"}
+    miss = got[:, :, j] - asked[:, :, j]
+    if angle[j]:
+        miss = wrap(miss)
+    record["error"] = np.nanmedian(np.abs(miss)) / scale[j]
+    record["offset"] = np.nanmedian(miss) / scale[j]
+    moved = got[:, :, j] - got[offsets == 0, :, j]
+    pairs = pd.DataFrame({"asked": offsets.repeat(got.shape[1]), "moved": moved.ravel()})
+    record["spearman"] = pairs.corr("spearman").loc["asked", "moved"]
+    return record
+
+
+def is_angle(features):
+    """Which features (F,) are directions, in degrees that wrap at 180."""
+    return np.array([name.endswith("_Orientation") for name in features])
 
 
 def feature_groups(features, channels):
     """Features by object, family and the one channel they are about: {'Nuclei_Texture_DAPI': places}."""
     groups = {}
     for j, name in enumerate(features):
-        colour = [c for c in channels if re.search(rf"_{re.escape(c)}(_|$)", name)]
-        groups.setdefault("_".join(name.split("_")[:2] + (colour if len(colour) == 1 else [])), []).append(j)
+        words = name.split("_")
+        about = [c for c in channels if c in words]
+        group = words[:2]
+        if len(about) == 1:
+            group += about
+        groups.setdefault("_".join(group), []).append(j)
     return groups
 
 
-def coupling(z, x, groups, paint, seed=0, repeats=3):
-    """How much the pixel loss of each channel rises when one group of features is permuted between cells: a record per group and channel.
-    z (n, F), x (n, C, H, W) real cells in 0..1, paint(z) -> pictures. rise = loss permuted / loss - 1, interval: bootstrap over cells."""
-    random, n = np.random.default_rng(seed), len(z)
-    weights = random.multinomial(n, np.full(n, 1 / n), 500)
-    loss = lambda f: np.asarray((x - paint(f)).square().mean((2, 3)), np.float64)  # (n, C)
-    base, records = loss(z), []
+def permutation(f, x, groups, paint, seed=0):
+    """How much the pixel loss of each channel rises when one group of features is permuted between cells.
+    f (n, F), x (n, C, H, W) real cells in 0..1, paint(f) -> pictures. Yields for each group its name, the rise (C,) = loss permuted /
+    loss - 1, and the low and high end (C,) of its 95 % bootstrap interval over cells."""
+    n = len(f)
+    random = np.random.default_rng(seed)
+    weights = random.multinomial(n, np.full(n, 1 / n), 500)  # (500, n)
+
+    def loss(f):
+        return np.asarray((x - paint(f)).square().mean((2, 3)), np.float64)  # (n, C)
+
+    base = loss(f)
     for name, places in groups.items():
-        mixed = [z.copy() for _ in range(repeats)]
-        for f in mixed:
-            f[:, places] = z[random.permutation(n)][:, places]
-        worse = sum(map(loss, mixed)) / repeats
-        rise = worse.sum(0) / np.maximum(base.sum(0), 1e-12) - 1
-        low, high = np.percentile(weights @ worse / np.maximum(weights @ base, 1e-12) - 1, [2.5, 97.5], axis=0)
-        records += [{"group": name, "features": len(places), "channel": k, "rise": v[0], "low": v[1], "high": v[2]}
-                    for k, v in enumerate(zip(rise, low, high))]
-    return records
+        mixed = f.copy()
+        mixed[:, places] = f[random.permutation(n)][:, places]
+        worse = loss(mixed)
+        rise = worse.sum(0) / base.sum(0) - 1
+        draws = weights @ worse / (weights @ base) - 1  # (500, C)
+        yield name, rise, *np.percentile(draws, [2.5, 97.5], axis=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# ------------------------------------------------------------------------------------------------------------
+# The cells that edits start from, the generator that draws them, and the engine that measures its pictures
 
 
-def strip(rows, title, zoom=2):
-    """Rows of (name, pictures (n, C, H, W) in 0..1, a list of lines for each), composites above their lines -> a PIL image; one row alone
-    also shows each channel in grey."""
-    side, parts, small, large = data.SIZE * zoom + 2, [], ImageFont.load_default(11), ImageFont.load_default(12)
-    for name, x, labels in rows:
-        grey = [model.to_uint8(c)[..., None].expand(-1, -1, -1, 3).numpy() for c in x.unbind(1)] if len(rows) == 1 else []
-        parts.append((name, data.tile([data.composite(x), *grey], zoom), labels, 13 * max(map(len, labels))))
-    wide = max([int(large.getlength(name)) + 10 for name in (title, *(r[0] for r in rows))] + [p[1].shape[1] for p in parts])
-    picture = Image.new("RGB", (wide, 22 + sum(30 + p[1].shape[0] + p[3] for p in parts)), "white")
-    draw, top = ImageDraw.Draw(picture), 22
-    draw.text((4, 3), title, fill="black", font=large)
-    for name, body, labels, text in parts:
-        draw.text((4, top + 3), name, fill="black", font=large)
-        picture.paste(Image.fromarray(body), (0, top + 20))
-        for i, lines in enumerate(labels):
-            for k, said in enumerate(lines):
-                colour = "firebrick" if said[:1] == "!" else "black"  # far from the data
-                draw.text((4 + i * side, top + 22 + body.shape[0] + 13 * k), said, fill=colour, font=small)
-        top += 30 + body.shape[0] + text
-    return picture
+class Cells:
+    """The cells of a prepared folder. `rows`: those of the split; `train`: those that stand for the data; `table`: a frame with a row
+    for each cell of the folder. raw (n, F) are measurements in CellProfiler's units (trained with plate-dmso: in DMSO sd of the plate),
+    f (n, F) what G takes: the same in sd, clipped; of a VAE or GAN its latent vectors. Pictures (n, C, S, S) are in 0..1, on the CPU."""
+    has_pictures = True
+    dropped = {}
+
+    def __init__(self, G, folder, split="test", seed=0):
+        self.G = G
+        self.folder = folder
+        self.split = split
+        self.seed = seed
+        self.features = G.features
+        self.centre = G.centre.numpy()
+        self.scale = G.scale.numpy()
+        if folder:
+            self.dropped = folder.meta["dropped"]
+            self.table = folder.cells
+            self.train = pick_some(folder.rows("train"), None, REFERENCE, seed)
+            if split == "all":
+                self.rows = np.flatnonzero(self.table["split"] != "reference")
+            else:
+                self.rows = folder.rows(split)
+
+    def raw(self, rows):
+        return np.array(self.folder.raw[rows], np.float64)
+
+    def f(self, rows):
+        return self.standardise(self.raw(rows))
+
+    def standardise(self, raw):
+        """raw (n, F) -> f (n, F) float64: model.standardise on arrays."""
+        return model.standardise(torch.tensor(raw), self.G.centre, self.G.scale).double().numpy()
+
+    def pictures(self, rows):
+        """The real cells, scaled as for the generator."""
+        return data.scale_images(self.folder.images(rows), self.G.image_norm, self.G.white)
+
+    @functools.cached_property
+    def reference(self):
+        return Reference(self.f(self.train))
+
+    def edit(self, raw, places, values, way):
+        """raw (n, F) with the features `places` (g,) set to `values` (n, g). What the others do: `way`, a word of OTHERS, explained
+        in `edited`; another way is a branch here."""
+        covariance = None
+        if way == "conditional":
+            covariance = self.reference.covariance
+        return edited(raw, places, values, self.scale, is_angle(self.features), covariance)
+
+    def paint(self, f):
+        """Pictures (n, C, S, S) of f (n, F)."""
+        draw = self.G if self.G.takes == "features" else self.G.decode
+        parts = []
+        for part in torch.tensor(f).float().split(256):
+            x = draw(part.to(self.G.device))
+            parts.append(x.clamp(0, 1).cpu())
+        return torch.cat(parts)
+
+    def look(self, x):
+        """What CellProfiler would measure in pictures (n, F); NaN: no nucleus found, or not a measurement of pictures."""
+        table = data.measurements(x, self.G.channels, self.G.white, self.G.device)
+        return table.reindex(columns=self.features).to_numpy(np.float64)
+
+    @functools.cached_property
+    def relative(self):
+        """Which features (F,) bool such pictures cannot express in the unit of raw: with cell-max what is relative to a cell's own
+        maximum; with plate-dmso everything, as a drawn cell has no plate whose DMSO would be its unit."""
+        dmso = self.G.normalise == "plate-dmso"
+        if dmso or self.G.image_norm != "cell-max":
+            return np.full(len(self.features), dmso)
+        x = self.paint(self.f(self.train[:32]))
+        return depends_on_brightness(self.look(x), self.look(x / 2))
+
+    @functools.cached_property
+    def unit(self):
+        """One sd (F,) of what is measured in pictures; NaN: in another unit."""
+        return np.where(self.relative, np.nan, self.scale)
+
+    def readings(self, values, watch):
+        """Features `watch` of what was measured in a picture (F,), in words; (rel.): in another unit than raw."""
+        words = []
+        for j in watch:
+            unit = " (rel.)" if self.relative[j] else ""
+            text = f"measured {values[j]:.4g}{unit}"
+            words.append(text.replace("measured nan", "not measured"))
+        return words
+
+    def find(self, name):
+        """The row of the cell of that name; without a name the middle one of `rows`."""
+        if not name:
+            return self.middle(self.rows)
+        names = self.table["cell"].astype(str).tolist()
+        if name not in names:
+            raise InputError(f"cell {name}: not among the {len(names)} cells, whose first is {names[0]}")
+        return names.index(name)
+
+    def middle(self, rows):
+        """The one of the rows that is closest to their mean."""
+        return rows[representative(self.f(rows))[0]]
+
+    def group(self, name):
+        """The rows of a mechanism, compound or treatment; InputError with the list if it has under 3 cells."""
+        table = self.table.iloc[self.rows]
+        kinds = table["moa"], table["compound"], data.treatment_names(table)
+        found = max((self.rows[kind == name] for kind in kinds), key=len)
+        if len(found) < 3:
+            known = sorted({*table["moa"], *table["compound"]})
+            raise InputError(f"{name}: {len(found)} cells, 3 are needed; --split all has most; there are {known}")
+        return found
 
 
-def chart(path, size, draw):
-    """The picture that draw(axes) makes, as a PNG of `size` (inches); where matplotlib is missing a line says so."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print(f"{path.name} not drawn: matplotlib is not installed; the numbers are complete")
-    figure = Figure(size, layout="constrained")
-    draw(figure.subplots())
-    figure.savefig(path, dpi=90, metadata={"Software": None})
+class TableCells(Cells):
+    """The cells of a table (a row each, CellProfiler's names), without pictures. What stands for the data are the training cells of
+    the folder or, without one, the table's own. A missing measurement is the training mean."""
+    has_pictures = False
+
+    def __init__(self, G, table, folder=None, seed=0):
+        super().__init__(G, folder, "train", seed)
+        if G.normalise == "plate-dmso":
+            table = data.normalise_plates(table)
+        values = model.table_values(G, table).numpy()  # (N, F)
+        self.values = np.where(np.isfinite(values), values, self.centre)
+        self.table = table
+        self.rows = np.arange(len(table))
+        self.split = "table"
+        if folder:
+            self.values = np.concatenate([self.values, folder.raw[self.train]])
+            self.train = np.arange(len(table), len(self.values))
+        else:
+            self.train = self.rows
+
+    def raw(self, rows):
+        return self.values[rows]
 
 
-def rank_chart(axes, records, features):
-    """Features by slope, with intervals; where there are many, the first and last 30."""
-    ranked = sorted((r for r in records if r["status"] == "measured"), key=lambda r: -r["slope"])
-    shown = pd.DataFrame((ranked if len(ranked) <= 60 else ranked[:30] + ranked[-30:])[::-1], columns=list(records[0]))
-    axes.barh(shown["feature"], shown["slope"], color="lightsteelblue")
-    axes.hlines(shown["feature"], shown["low"], shown["high"], color="black", lw=0.8)
-    axes.plot(shown["ceiling r"], shown["feature"], "|", color="darkorange", ms=8, mew=2, label="ceiling: r of real cells measured again")
-    axes.axvline(1, color="grey", lw=0.8)
-    axes.set(xlabel="realised per requested sd: 1 = obeyed, 0 = ignored (95 % interval over cells)", ylim=(-1, len(shown)),
-             title=f"{len(shown)} of the {len(ranked)} features that these pictures can express (asked: {len(records)} of {features})")
-    axes.tick_params(axis="y", labelsize=7)
-    axes.legend(loc="lower right", fontsize=7)
+class EncodedCells(Cells):
+    """The cells of a prepared folder in the latent space of a VAE: f are the encoder's means."""
+
+    def f(self, rows):
+        means = []
+        for part in torch.tensor(rows).split(256):
+            x = self.pictures(part.numpy())
+            mean, _ = self.G.encode(x.to(self.G.device))
+            means.append(mean.cpu())
+        return torch.cat(means).double().numpy()
 
 
-def table_chart(axes, records, channels):
-    """Groups (rows) by channels (columns): how much the pixel loss rises, in percent."""
-    rise = np.array([r["rise"] for r in records]).reshape(-1, len(channels)) * 100
-    axes.imshow(rise, cmap="Blues", aspect="auto", vmin=0)
-    for (i, k), v in np.ndenumerate(rise):
-        axes.text(k, i, f"{v:.0f} %", ha="center", va="center", fontsize=8, color="white" if v > rise.max() * 0.6 else "black")
-    axes.set_xticks(range(len(channels)), channels)
-    axes.set_yticks(range(len(rise)), [f"{r['group']} ({r['features']})" for r in records[::len(channels)]], fontsize=8)
-    axes.set_xlabel("rise of the pixel loss when the group is permuted", fontsize=8)
+class NoiseCells(Cells):
+    """Cells that a GAN draws from noise: NOISE vectors noise0, noise1, ... in the order of model.sample(G, NOISE, seed); FRESH more
+    stand for the data. raw is what their pictures measure."""
+    has_pictures = False
 
+    def __init__(self, G, folder, split="test", seed=0):
+        super().__init__(G, folder, "train", seed)
+        self.noise = model.noise(G, NOISE + FRESH, seed).double().numpy()
+        self.rows = np.arange(NOISE)
+        self.train = np.arange(NOISE, NOISE + FRESH)
+        self.relative = np.zeros(len(self.features), bool)  # raw was measured in pictures
+        self.split = "noise"
+        self.table = pd.DataFrame({"cell": [f"noise{i}" for i in self.rows]})
 
-PAGE_HTML = """<!doctype html><meta charset="utf-8"><title>%(title)s</title><style>
-body{font:16px sans-serif;max-width:980px;margin:24px auto}
-canvas{image-rendering:pixelated;display:block;margin:0 8px 4px 0}figure{display:inline-block;margin:0}
-label{display:block;margin:8px 0}input{width:420px;vertical-align:middle}pre{font:15px monospace;white-space:pre-wrap}</style>
-<h3>%(title)s</h3><div id="sliders"></div><div id="pictures"></div><pre id="caption"></pre><p>%(about)s</p><script>
-const P = %(values)s, side = P.side, sprite = new Image(), start = location.hash.slice(1).split(",");  // page.html#3,0 starts there
-function add(parent, kind, text = "") { const e = document.createElement(kind); e.textContent = text; parent.append(e); return e; }
-const canvases = ["Composite", ...P.channels].map((name, k) => {
-  const figure = add(document.getElementById("pictures"), "figure"), c = add(figure, "canvas");
-  add(figure, "figcaption", name); c.width = c.height = side; c.style.width = (k ? 196 : 340) + "px"; return c.getContext("2d"); });
-const inputs = P.sliders.map(([name, levels, first], i) => {
-  const label = add(document.getElementById("sliders"), "label"), input = add(label, "input");
-  Object.assign(input, {type: "range", min: 0, max: levels.length - 1, value: start[i] || first, oninput: show});
-  return [input, add(label, "b"), levels, name]; });
-function show() {
-  let at = 0;
-  for (const [input, text, levels, name] of inputs) {
-    at = at * levels.length + Number(input.value); text.textContent = ` ${name}: ${levels[input.value]}`; }
-  canvases[0].drawImage(sprite, -side * (at %% P.columns), -side * Math.floor(at / P.columns));
-  const whole = canvases[0].getImageData(0, 0, side, side).data;  // DAPI blue, tubulin green, actin red
-  canvases.slice(1).forEach((c, k) => { const grey = c.createImageData(side, side);
-    for (let i = 0; i < whole.length; i += 4) { grey.data.fill(whole[i + 2 - k], i, i + 3); grey.data[i + 3] = 255; }
-    c.putImageData(grey, 0, 0); });
-  document.getElementById("caption").textContent = P.captions[at].join("\\n"); }
-sprite.onload = show; sprite.src = P.sprite;</script>
-"""
+    def f(self, rows):
+        return self.noise[rows]
 
-
-def write_page(path, title, about, sliders, x, captions, channels):
-    """A self-contained page: sliders of (name, levels, start), and for each combination a picture (x: (m, C, H, W) in 0..1) and lines."""
-    columns, file = int(np.ceil(np.sqrt(len(x)))), io.BytesIO()
-    Image.fromarray(data.tile([data.composite(part) for part in x.split(columns)], 1, 0)).save(file, format="PNG")
-    values = {"side": x.shape[3], "columns": columns, "channels": channels, "sliders": sliders, "captions": captions,
-              "sprite": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}
-    text = PAGE_HTML % {"title": html.escape(title), "about": html.escape(about), "values": json.dumps(values).replace("</", "<\\/")}
-    data.write(path, text)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The figures: each takes `lab`, the cells, the generator and the measuring as plain functions (open_lab), and returns what main writes
-
-
-def open_lab(G, folder, split, seed, device, table=None):
-    """What every figure needs, from a prepared folder, or for the cells of a table (data.read_table), then without real pictures.
-    raw(rows) (n, F); scaling(rows) centre, scale (n, F); z(rows) (n, F) standardised; paint(z), images(rows) -> pictures in 0..1;
-    look(pictures) -> (n, F) measured again; known(places): values of the cells that stand for the data, those of training or, without a
-    folder, the table's; reference: of REFERENCE of them at most. Of a VAE or GAN the z are latent vectors (open_latents)."""
-    lab = {"features": G.features, "channels": G.channels, "dropped": folder.meta["dropped"] if folder else {}, "seed": seed, "images": None}
-    wide = lambda values, rows: np.array(np.broadcast_to(values, (len(rows), len(G.features))))
-    draw = G if G.takes == "features" else G.decode
-    lab["paint"] = lambda z: torch.cat([draw(part.to(device)).clamp(0, 1).cpu() for part in torch.tensor(z).float().split(256)])
-    lab["look"] = lambda x: measurements(x.clamp(0, 1), G.channels, G.white, device=device).reindex(columns=G.features).to_numpy(np.float64)
-    lab["z"] = lambda rows: standardised(lab["raw"](rows), *lab["scaling"](rows))
-    if folder:
-        train = pick_some(folder.rows("train"), None, REFERENCE, seed)
-        lab["cells"], lab["rows"] = folder.cells, np.flatnonzero(folder.cells["split"] != "reference") if split == "all" else folder.rows(split)
-        lab["raw"] = lambda rows: np.array(folder.raw[rows], np.float64)
-        lab["scaling"] = lambda rows: [wide(v, rows) for v in folder.measurements(rows)[1:]]
-        lab["known"] = lambda places: np.array(folder.raw[:, places], np.float64)[folder.rows("train")]
-        lab["images"] = lambda rows: data.scale_images(folder.images(rows), G.image_norm, G.white)
-        some = lab["images"](train[:: -(-len(train) // 32)])
-        known = lab["z"](train) if G.takes == "features" else open_latents(lab, G, train, device)
-    if table is not None:
-        raw, centre, scale = (v.cpu().numpy() for v in model.table_values(G, table))
-        centre, scale = wide(centre, table), wide(scale, table)
-        raw = np.where(np.isfinite(raw), raw, centre)
-        cells = table.reindex(columns=["cell", "compound", "concentration", "moa", "plate"]).reset_index(drop=True)
-        cells[["compound", "moa"]] = cells[["compound", "moa"]].astype(object).fillna("unknown")
-        lab["cells"], lab["rows"], lab["images"] = cells, np.arange(len(table)), None
-        lab["raw"], lab["scaling"] = lambda rows: raw[rows].copy(), lambda rows: [centre[rows], scale[rows]]
-        if not folder:
-            if len(table) < 20:
-                raise InputError(f"--table: {len(table)} cells, 20 are needed to say how far an edit leaves them; give --data of the run as well")
-            lab["known"], known = lambda places: raw[:, places], standardised(raw, centre, scale)
-            some = lab["paint"](known[:32])
-    lab["reference"], lab["measurable"] = fit_reference(known), np.isfinite(lab["look"](some)).any(0)
-    lab["relative"] = depends_on_brightness(some, lab["look"]) & (G.image_norm == "cell-max")
-    return lab
-
-
-def open_latents(lab, G, train, device):
-    """Moves a lab into the latent space of a VAE or GAN; returns the latent vectors (n, latent) that stand for the data.
-    VAE: z(rows) are the encoder's means of the folder's cells, those of training the reference. GAN: the cells are NOISE noise vectors,
-    noise0, noise1, ..., in the order of model.sample(G, NOISE, seed); raw(rows) is what their pictures measure, the reference FRESH more."""
-    if G.takes == "images":
-        means = lambda rows: G.encode(lab["images"](rows).to(device))[0].double().cpu().numpy()
-        lab["z"] = lambda rows: np.concatenate([means(part) for part in np.split(rows, range(256, len(rows), 256))])
-        return lab["z"](train)
-    noise = model.noise(G, NOISE + FRESH, lab["seed"]).double().numpy()
-    drawn = functools.cache(lambda: lab["look"](lab["paint"](noise[:NOISE])))  # measured once, where a figure asks for it
-    lab["cells"], lab["rows"], lab["images"] = pd.DataFrame({"cell": [f"noise{i}" for i in range(NOISE)]}), np.arange(NOISE), None
-    lab["z"], lab["raw"] = lambda rows: noise[rows], lambda rows: drawn()[rows]
-    return noise[NOISE:]
-
-
-def standardised(raw, centre, scale):
-    """model.standardise on arrays: raw (n, F) -> float64 (n, F), what the generator sees."""
-    return model.standardise(*(torch.as_tensor(np.asarray(v, np.float64)) for v in (raw, centre, scale))).double().numpy()
+    def raw(self, rows):
+        return self.look(self.paint(self.noise[rows]))
 
 
 def pick_some(rows, n, most, seed):
@@ -419,367 +482,570 @@ def pick_some(rows, n, most, seed):
     return np.sort(np.random.default_rng(seed).permutation(rows)[:n or most])
 
 
-def pick_class(lab, name, flag):
-    """The lab's rows of a mechanism, compound or treatment; InputError with the list if there is no such, or under 3 cells of it."""
-    rows, cells = lab["rows"], lab["cells"].iloc[lab["rows"]]
-    kinds = [cells["moa"].to_numpy(), cells["compound"].to_numpy(), data.treatment_names(cells).to_numpy()]
-    found = next((rows[k == name] for k in kinds if (k == name).any()), ())
-    if len(found) < 3:
-        known = [f"{k} ({n})" for kind in kinds[:2] for k, n in zip(*np.unique(kind.astype(str), return_counts=True))]
-        raise InputError(f"{flag} {name}: {len(found)} of these {len(rows)} cells, 3 are needed (--split all has most); "
-                         f"there are: {', '.join(known)}")
-    return found
+# ------------------------------------------------------------------------------------------------------------
+# What a command leaves behind
 
 
-def pick_cell(lab, key, flag="--cell"):
-    """The row of a cell by its name, or without one that of the lab's rows closest to their mean."""
-    if not key:
-        return lab["rows"][representative(lab["z"](lab["rows"]))[0]]
-    found = np.flatnonzero(lab["cells"]["cell"] == key)
-    if not len(found):
-        raise InputError(f"{flag} {key}: not among the {len(lab['cells'])} cells, whose first is {lab['cells']['cell'].iloc[0]}")
-    return found[0]
+class Result:
+    """Rows of pictures with words under them, and records, a line each of the JSON and the CSV. about: what the JSON says besides."""
+
+    def __init__(self, name, title, **about):
+        self.name = name
+        self.title = title
+        self.about = {"n": 1} | about
+        self.rows = []
+        self.records = []
+        self.outside = 0  # pictures that are extrapolations
+        self.chart = None  # a function of matplotlib's axes
+
+    def draw(self, cells, name, f, heads, watch=(), ends=(), **columns):
+        """Draws f (n, F), measures again, adds a row of pictures and n records; returns what was measured (n, F).
+        heads: n texts; watch: features whose measured values are written; ends: rows of the real cells before and after them, drawn
+        where there are pictures; columns: values (n,) for the records."""
+        x = cells.paint(f)
+        seen = cells.look(x)
+        far = cells.reference.how_far(f)
+        self.outside += (far > 99).sum()
+        table = pd.DataFrame({"row": name, "asked": heads} | columns)
+        table["outside percentile"] = far
+        table["nearest"] = cells.reference.nearest(f)
+        for j in watch:
+            table[f"measured {cells.features[j]}"] = seen[:, j]
+        self.records += table.to_dict("records")
+        words = []
+        for head, values, percentile in zip(heads, seen, far):
+            words.append([head, *cells.readings(values, watch), outside(percentile)])
+        if cells.has_pictures and len(ends):
+            real = cells.pictures(ends)
+            said = [["real cell", *cells.readings(values, watch)] for values in cells.look(real)]
+            x = torch.cat([real[:1], x, real[1:]])
+            words = said[:1] + words + said[1:]
+        self.rows.append((name, x, words))
+        return seen
+
+    def write(self, out, about):
+        """JSON and CSV first, then the pictures; returns their path without ending."""
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / re.sub(r"[^\w+-]+", "_", self.name)[:120]
+        table = pd.DataFrame({"n": about["n"]} | record for record in self.records)
+        table = table.assign(split=about["split"], seed=about["seed"], extractor=EXTRACTOR)
+        data.write(path.with_suffix(".csv"), table.to_csv(index=False, lineterminator="\n"))
+        content = {"about": about, "records": json.loads(table.to_json(orient="records"))}  # 10 decimals
+        data.write(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
+        if self.rows:
+            picture = strip(self.rows, self.title)
+            data.write(path.with_suffix(".png"), functools.partial(picture.save, format="PNG"))
+        if self.chart:
+            draw_chart(path.with_name(path.name + "_chart.png"), self.chart)
+        return path
 
 
-def mean_interval(values, seed):
-    """Mean of the finite values, its 95 % bootstrap interval, n."""
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return {"value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
-    low, high = np.percentile(np.random.default_rng(seed).choice(values, (1000, len(values))).mean(1), [2.5, 97.5])
-    return {"value": values.mean(), "low": low, "high": high, "n": len(values)}
+def strip(rows, title):
+    """Rows of (name, pictures (n, C, H, W) in 0..1, a list of lines for each), composites above their lines -> a PIL image."""
+    side = rows[0][1].shape[3]
+    zoom = -(-136 // side)  # a picture is wide enough for its words
+    column = side * zoom + 2
+    height = column + 80  # of a row: 20 for the name, 60 for the words
+    width = max(len(x) for _, x, _ in rows) * column
+    picture = Image.new("RGB", (max(width, 7 * len(title)), 20 + height * len(rows)), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.font = ImageFont.load_default(11)
+    draw.text((4, 3), title, "black")
+    for k, (name, x, words) in enumerate(rows):
+        top = 20 + k * height
+        draw.text((4, top + 3), name, "black")
+        body = data.tile([data.composite(x)], zoom)
+        picture.paste(Image.fromarray(body), (0, top + 20))
+        for i, lines in enumerate(words):
+            text = "\n".join(lines)
+            colour = "firebrick" if "far outside" in text else "black"
+            draw.text((4 + i * column, top + column + 22), text, colour)
+    return picture
 
 
-def reading(lab, watch, values):
-    """Values (F,) measured again of the features `watch`, as lines; (rel.) where the pictures cannot express one in its own unit."""
-    said = lambda j: "not measurable" if not lab["measurable"][j] else "no nucleus found" if np.isnan(values[j]) else f"{values[j]:.4g}"
-    return [f"again {lab['features'][j] + ' ' if len(watch) > 1 else ''}{said(j)}{' (rel.)' if lab['relative'][j] else ''}" for j in watch]
+def draw_chart(path, draw):
+    """The picture that draw(axes) makes, as a PNG. It is optional: whatever stops matplotlib costs one line."""
+    try:
+        from matplotlib.figure import Figure
+        figure = Figure((10, 9), layout="constrained")
+        draw(figure.subplots())
+        save = functools.partial(figure.savefig, format="png", dpi=90, metadata={"Software": None})
+        data.write(path, save)
+    except Exception as error:
+        print(f"{path.name} not drawn by matplotlib ({error!r:.90}); the numbers are complete")
 
 
-def empty(stem, title, **about):
-    """A figure without rows; about: what main adds to the JSON. drawn: the rows without real cells, for GIF and page."""
-    return {"stem": stem, "title": title, "about": {"n": 1} | about, "rows": [], "drawn": [], "records": []}
+def bars(axes, records, names, key):
+    """The 60 largest values of `key` among the records as bars with intervals."""
+    table = pd.DataFrame(records).dropna(subset=key).sort_values(key)[-60:]
+    name = table[names].agg(", ".join, axis=1)
+    axes.barh(name, table[key])
+    axes.hlines(name, table["low"], table["high"], "black")
+    axes.set_xlabel(key)
 
 
-def add_row(lab, figure, name, z, heads, watch=(), real=(None, None), **more):
-    """Draws z (n, F), measures again, adds a row of pictures and n records to a figure; returns the measured values (n, F).
-    heads: n texts; watch: features whose measured values are written; real: rows of the real cells at the two ends; more: columns (n,)."""
-    x = lab["paint"](z)
-    got, (percentile, nearest) = lab["look"](x), how_far(lab["reference"], z)
-    labels = [[h, *reading(lab, watch, v), "! " * bool(p > 99) + f"outside pct {p:.3g}"] for h, v, p in zip(heads, got, percentile)]
-    more |= {f"measured {lab['features'][j]}": got[:, j] for j in watch} | {"outside percentile": percentile, "nearest": nearest}
-    figure["records"] += [{"row": name, "picture": i, "asked": h} | {k: v[i] for k, v in more.items()} for i, h in enumerate(heads)]
-    figure["drawn"].append((name, x, labels))
-    for row, before in zip(real, (True, False)):
-        if row is not None and lab["images"]:
-            end = lab["images"](np.array([row]))
-            text = [["real cell", *reading(lab, watch, lab["look"](end)[0])]]
-            x, labels = (torch.cat([end, x]), text + labels) if before else (torch.cat([x, end]), labels + text)
-    figure["rows"].append((name, x, labels))
-    return got
+# ------------------------------------------------------------------------------------------------------------
+# The figures, CP2Image's first: each takes the cells and its own flags, and returns a Result
 
 
-def sweep(lab, feature, unit, low, high, steps, edit, cell, page):
-    """Fig 4c for any features or groups: a row each from low to high, the others held, or moving to their conditional mean (edit)."""
-    row, names, held = pick_cell(lab, cell), lab["features"], lab["reference"]["covariance"] if edit == "conditional" else None
-    raw, (centre, scale), info = lab["raw"]([row]), lab["scaling"]([row]), lab["cells"].iloc[row]
-    groups = [find_features(f, names, lab["dropped"]) for f in feature]
-    if len(set(sum(groups, []))) < len(sum(groups, [])):
-        raise InputError(f"--feature {' '.join(feature)}: a feature is named twice")
-    others = "held" if held is None else "at their conditional mean"
-    figure, asked = empty("sweep_" + ("fig4c" if feature == FIG4C else "_".join(feature)) + "_conditional" * (edit == "conditional"),
-                          f"{info['cell']} ({info['compound']}), other measurements {others}.   again: measured in the picture.   "
-                          "outside: percentile of distance from the training cells", cell=info["cell"], edit=edit), []
-
-    def vectors(places, values):  # (n, F) as the generator sees them
-        wanted = edited(np.repeat(raw, len(values), 0), places, values, scale, is_angle(names), held)
-        far = np.abs(wanted - centre) > model.CLIP * scale * (1 + 1e-9)
-        if far.any():
-            print(f"warning: {far.any(1).sum()} of {len(far)} requested vectors go beyond {model.CLIP:.0f} sd, where the generator's "
-                  f"input is clipped: {', '.join(names[j] for j in np.flatnonzero(far.any(0))[:3])}")
-        return standardised(wanted, centre, scale)
-
-    for name, group in zip(feature, groups):
-        one, own = len(group) == 1, raw[:, group]
-        kind = unit or ("raw" if one else "sd")
-        levels, values = edit_values(lab["known"](group), own[0], scale[0, group], kind, low, high, steps)
-        texts = [f"{v[0]:.4g}" if one else f"{k:+.3g} sd" if kind == "sd" else f"pct {k:.3g}" for v, k in zip(values, levels)]
-        heads = [f"own {own[0, 0]:.4g}" if one else "own values", *("asked " + t for t in texts)]
-        z = vectors(group, np.concatenate([own, values]))
-        add_row(lab, figure, name + f" ({len(group)} features)" * (not one), z, heads, group[:one], (row, None), unit=[kind] * (steps + 1),
-                level=[np.nan, *levels], requested=[*own[0], *values[:, 0]] if one else np.full(steps + 1, np.nan))
-        asked.append((values, texts))
-    if page:  # every combination of the sliders
-        count = max(k for k in range(1, steps + 1) if k == 1 or k ** len(groups) <= PAGE)
-        shown = np.linspace(0, steps - 1, count).round().astype(int)
-        grid = np.array(list(itertools.product(shown, repeat=len(groups))))  # (m, sliders)
-        heads = ["; ".join(f"{f} {t[i]}" for f, (_, t), i in zip(feature, asked, g)) for g in grid]
-        z = vectors(sum(groups, []), np.concatenate([v[i] for (v, _), i in zip(asked, grid.T)], 1))
-        add_row(lab, every := empty("", ""), "", z, heads, [g[0] for g in groups if len(g) == 1])
-        figure["page"] = [(f, [t[i] for i in shown], count // 2) for f, (_, t) in zip(feature, asked)], *every["drawn"][0][1:]
-    return figure
+def sweep(cells, feature, low=None, high=None, steps=7, edit="hold", cell=None):
+    """Fig 4c for any features or groups: a row each from low to high, the others held or moved to their conditional mean."""
+    row = cells.find(cell)
+    own = cells.raw([row])  # (1, F)
+    known = cells.raw(cells.train)
+    name = cells.table["cell"].iloc[row]
+    what = "fig4c" if feature == FIG4C else "_".join(feature)
+    result = Result(f"sweep_{edit}_{what}", f"Cell {name}, one measurement changed, all others {OTHERS[edit]}",
+                    cell=name, edit=edit)
+    for pattern in feature:
+        places = find_features(pattern, cells.features, cells.dropped)
+        levels, unit, values = edit_values(known[:, places], own[0, places], cells.scale[places],
+                                           low, high, steps)
+        values = np.concatenate([own[:, places], values])  # (1 + steps, g)
+        wanted = cells.edit(own.repeat(len(values), 0), places, values, edit)
+        f = cells.standardise(wanted)
+        clipped = (np.abs(f) >= model.CLIP).any(1)
+        if clipped.any():
+            print(f"warning: {pattern}: {clipped.sum()} vectors reach {model.CLIP:.0f} sd, where G's input is clipped")
+        heads = [f"own {values[0, 0]:.4g}"] + [f"asked {level:.4g} {unit}" for level in levels]
+        first = cells.features[places[0]]
+        title = pattern if pattern == first else f"{pattern} (own and measured: {first})"
+        result.draw(cells, title, f, heads, places[:1], [row],
+                    unit=unit, level=[np.nan, *levels], requested=values[:, 0])
+    return result
 
 
-def moa(lab, target, start, path, block):
-    """Fig 5a: from the representative cell of `start` to that of each target; under each picture the cosine of its CP vector to the
+def moa(cells, target=None, block=BLOCK):
+    """Fig 5a: from the DMSO cell closest to the mean to that of each target; under each picture the cosine of its CP vector to the
     target's, and the same of what is measured in the picture and in the real target cell."""
-    common = lab["cells"]["moa"].iloc[lab["rows"]].value_counts().drop([start, "DMSO", "unknown", ""], errors="ignore").index
-    figure = empty(f"moa_{path}", f"From {start} to a mechanism, {path}.  cos: to the target's CP vector.  again: as measured", block=block)
-    pick = lambda name, flag: (rows := pick_class(lab, name, flag))[representative(lab["z"](rows))[0]]
-    for name in target or common[:3]:
-        ends = [pick(start, "--start"), pick(name, "--target")]
-        a, b = lab["z"](ends)
-        z = replaced(a, b, block)[1]
-        z = z if path == "blocks" else line(a, b, len(z))
-        centre, scale = lab["scaling"](ends[1:])
-        seen = lab["look"](torch.cat([lab["paint"](z), lab["images"](ends[1:])]))
-        seen = (seen - centre) / np.where(lab["relative"], np.nan, scale)
-        near, again = cosine(z, b), cosine(seen[:-1], seen[-1])
-        add_row(lab, figure, f"{name}: {' to '.join(lab['cells']['cell'].iloc[ends])}", z,
-                [f"cos {n:.3f}, again {m:.2f}" for n, m in zip(near, again)], (), ends, cosine=near, **{"cosine measured again": again})
-    return figure
+    if not target:
+        counts = cells.table["moa"].iloc[cells.rows].value_counts()
+        target = counts.drop([data.SOLVENT, "unknown"], errors="ignore").index[:3]
+    result = Result("moa", "From DMSO to a mechanism: cosine to the target, as asked and as seen in pictures",
+                    block=block)
+    first = cells.middle(cells.group(data.SOLVENT))
+    for name in target:
+        last = cells.middle(cells.group(name))
+        a, b = cells.f([first, last])
+        f = replaced(a, b, block)[1]
+        seen = cells.look(torch.cat([cells.paint(f), cells.pictures([last])]))
+        seen = (seen - cells.centre) / cells.unit
+        asked, measured = cosine(f, b), cosine(seen[:-1], seen[-1])
+        heads = [f"asked {v:.3f}, seen {w:.2f}" for v, w in zip(asked, measured)]
+        result.draw(cells, f"{name}, cell {cells.table['cell'].iloc[last]}", f, heads, (), [first, last],
+                    cosine=asked, cosine_seen=measured)
+    return result
 
 
-def dose(lab, compound, start, steps):
-    """Fig 5b, c: principal axes and silhouettes of the CP vectors of `start` and of a compound's concentrations of 3 cells or more; real
-    cells of each; cells generated on the line from the mean of `start` to that of the highest concentration, in the full space."""
-    cells, seed = lab["cells"].iloc[lab["rows"]], lab["seed"]
-    pick_class(lab, compound, "--compound")
-    counts = cells["concentration"][cells["compound"] == compound].value_counts()
-    names = [start, *(f"{compound} {c:g}" for c in sorted(counts.index[counts > 2]))]
-    groups = {name: pick_some(pick_class(lab, name, "--compound"), None, GROUP, seed) for name in names}
-    if len(groups) < 2:
-        raise InputError(f"--compound {compound}: no concentration of it has 3 of these {len(cells)} cells (--split all has most)")
-    z = {name: lab["z"](rows) for name, rows in groups.items()}
-    every, label, means = np.concatenate([*z.values()]), np.repeat(names, [len(v) for v in z.values()]), [v.mean(0) for v in z.values()]
-    (mean, axes), way, points = principal_axes(every), means[-1] - means[0], line(means[0], means[-1], steps)
-    plane, figure = (every - mean) @ axes.T, empty(f"dose_{compound}", f"From {start} to {names[-1]} uM", n=len(every))
-    real = lab["images"]([groups[name][representative(v)[0]] for name, v in z.items()])
-    said = [[name, f"mean on the line at {(m - means[0]) @ way / (way @ way):.2f}"] for name, m in zip(names, means)]
-    figure["rows"].append(("real cells, each the nearest to its mean", real, said))
-    add_row(lab, figure, "generated on the line between the means", points, [f"at {t:.2f}" for t in np.linspace(0, 1, steps)],
-            **{f"PC {k + 1}": (points - mean) @ axes[k] for k in range(2)})
-    for space, s in (("all measurements", silhouettes(every, label)), ("the plane", silhouettes(plane, label))):
-        for name in ["all", *names]:
-            of = s if name == "all" else s[label == name]
-            figure["records"].append({"row": f"silhouette in {space}", "asked": name} | mean_interval(of, seed))
+def dose(cells, compound="latrunculin B", steps=5):
+    """Fig 5b, c: principal axes and silhouettes of the CP vectors of DMSO and of a compound's concentrations; real
+    cells of each; cells generated on the line from the mean of DMSO to that of the highest concentration, in the full space."""
+    doses = sorted(set(cells.table["concentration"].iloc[cells.group(compound)]))
+    names = [data.SOLVENT] + [f"{compound} {dose:g}" for dose in doses]
+    rows = [pick_some(cells.group(name), None, GROUP, cells.seed) for name in names]
+    f = [cells.f(r) for r in rows]
+    every = np.concatenate(f)
+    label = np.repeat(names, [len(r) for r in rows])
+    points = line(f[0].mean(0), f[-1].mean(0), steps)
+    mean, axes = principal_axes(every)
+    plane = (every - mean) @ axes.T  # (n, 2)
+    track = (points - mean) @ axes.T
 
-    def draw(ax):
+    result = Result(f"dose_{compound}", f"From DMSO to {names[-1]} uM", n=len(every))
+    middle = [cells.middle(r) for r in rows]
+    heads = [f"at {t:.2f}" for t in np.linspace(0, 1, steps)]
+    result.draw(cells, f"from mean to mean; real cells: {', '.join(names)}", points, heads, (), middle,
+                pc1=track[:, 0], pc2=track[:, 1])
+    for space, vectors in (("all measurements", every), ("the plane", plane)):
+        result.records.append({"row": f"silhouette in {space}", "value": silhouettes(vectors, label).mean()})
+
+    def draw(axes):
         for name in names:
-            ax.plot(*plane[label == name].T, ".", label=f"{name} (n {len(z[name])})")
-        ax.plot(*((points - mean) @ axes.T).T, "r.-", label="line between the means")
-        ax.set(xlabel="PC 1", ylabel="PC 2", title=f"silhouette in this plane {s.mean():.2f}")
-        ax.legend()
+            axes.plot(*plane[label == name].T, ".", label=name)
+        axes.plot(*track.T, "r.-")
+        axes.set(xlabel="PC 1", ylabel="PC 2")
+        axes.legend()
 
-    return figure | {"chart": ((7, 6), draw)}
+    result.chart = draw
+    return result
 
 
-def walk(lab, cells, steps):
+def walk(cells, ends):
     """The straight line between the CP vectors or encodings of two cells, or between two noise vectors."""
-    ends, t = [pick_cell(lab, key, "--cells") for key in cells], np.linspace(0, 1, steps)
-    figure = empty("walk_" + "_".join(key[-24:] for key in cells), " to ".join(cells), cells=cells)
-    add_row(lab, figure, f"{FIG4C[0]}, measured again", line(*lab["z"](ends), steps), [f"at {v:.2f}" for v in t],
-            [j for j, f in enumerate(lab["features"]) if f == FIG4C[0]], ends, t=t)
-    return figure
+    rows = [cells.find(name) for name in ends]
+    t = np.linspace(0, 1, 9)
+    result = Result("walk_" + "_".join(ends), " to ".join(ends), cells=ends)
+    heads = [f"at {v:.2f}" for v in t]
+    result.draw(cells, f"measured: {AREA}", line(*cells.f(rows), len(t)), heads, watched(cells), rows, t=t)
+    return result
 
 
-def algebra(lab, feature, terms, repeats):
-    """CytoGAN's arithmetic on CP vectors, encodings or noise vectors: mean of `terms` cells with a high value - mean of as many with a low
-    one + mean of others, measured again. High and low: the top and bottom tenth of the lab's cells that have a value; others: the middle
+def watched(cells):
+    """The feature whose measured value stands under walks, if the model knows it."""
+    return [j for j, name in enumerate(cells.features) if name == AREA]
+
+
+def algebra(cells, feature=AREA):
+    """CytoGAN's arithmetic on CP vectors, encodings or noise vectors: mean of three cells with a high value - mean of three with a low
+    one + mean of three others, measured again. High and low: the top and bottom tenth of the cells that have a value; others: the middle
     fifth. What is asked for: the same sum of the cells' values."""
-    (j, *more), rows, random = find_features(feature, lab["features"], lab["dropped"]), lab["rows"], np.random.default_rng(lab["seed"])
-    if more:
-        raise InputError(f"--feature {feature}: {1 + len(more)} features, expected one")
-    values = lab["raw"](rows)[:, j]
-    ranked = rows[np.argsort(values, kind="stable")][:np.isfinite(values).sum()]  # NaN, no nucleus found, is sorted last
-    if terms > (tenth := len(ranked) // 10):
-        raise InputError(f"--terms {terms}: too few cells, {len(ranked)} of {len(rows)} have a value of {feature}, their top tenth {tenth}")
-    figure, moves = empty(f"algebra_{feature}", f"high - low + other: {feature}", n=repeats, terms=terms, ranked=len(ranked)), []
-    for k in range(repeats):
-        picked = [random.choice(part, terms, False) for part in (ranked[-tenth:], ranked[:tenth], ranked[4 * tenth:6 * tenth])]
-        high, low, other = (lab["z"](part).mean(0) for part in picked)
-        asked = [lab["raw"](part)[:, j].mean() for part in picked]
-        asked.append(asked[0] - asked[1] + asked[2])
-        heads = [f"{t} {v:.4g}" for t, v in zip(("high", "low", "other", "result"), asked)]
-        got = add_row(lab, figure, f"draw {k + 1}", np.stack([high, low, other, high - low + other]), heads, [j], requested=asked)[:, j]
-        moves.append((got[3] - got[2]) / (asked[0] - asked[1]) if asked[0] > asked[1] else np.nan)
-    figure["records"].append({"row": "realised / requested move", "asked": feature} | mean_interval(np.array(moves), lab["seed"]))
-    return figure | {"rows": figure["rows"][:5]}
+    j, *more = find_features(feature, cells.features, cells.dropped)
+    if more or cells.relative[j]:
+        raise InputError(f"--feature {feature}: expected one feature, that pictures express in its own unit")
+    values = cells.raw(cells.rows)[:, j]
+    ranked = np.argsort(values, kind="stable")
+    ranked = ranked[:np.isfinite(values).sum()]  # NaN, no nucleus found, was sorted last
+    tenth = len(ranked) // 10
+    if tenth < TERMS:
+        raise InputError(f"{feature}: too few cells, {len(ranked)} have a value, {10 * TERMS} are needed")
+    result = Result(f"algebra_{feature}", f"high - low + other: {feature}",
+                    n=DRAWS, ranked=len(ranked))
+    parts = ranked[-tenth:], ranked[:tenth], ranked[4 * tenth:6 * tenth]
+    random = np.random.default_rng(cells.seed)
+    moves = []
+    for k in range(DRAWS):
+        picks = [random.choice(part, TERMS, False) for part in parts]
+        f = SUM @ [cells.f(cells.rows[pick]).mean(0) for pick in picks]  # (4, F)
+        asked = SUM @ values[picks].mean(1)  # (4,)
+        heads = [f"{term} {v:.4g}" for term, v in zip(("high", "low", "other", "result"), asked)]
+        got = result.draw(cells, f"draw {k + 1}", f, heads, [j], requested=asked)[:, j]
+        moves.append((got[3] - got[2]) / (asked[0] - asked[1]))
+    moved = mean_interval(np.array(moves), cells.seed)
+    result.records.append({"row": "realised / requested move", "asked": feature} | moved)
+    result.rows = result.rows[:5]
+    return result
 
 
-def latents(lab, top):
-    """The latent dimensions of largest mean |mu| over the cells, each walked from -2 to 2 sd with the others at 0, measured again. A GAN's
-    noise is alike in every dimension: there the ranking is chance."""
-    size, order, values = rank_latents(lab["z"](lab["rows"]))
-    figure = empty("latents", "Latent dimensions by mean |mu|, from -2 to 2 sd, the others at 0", n=len(lab["rows"]), top=top)
-    for d in order[:top]:
-        z = np.zeros((values.shape[1], len(size)))
+def controllability(cells, feature=None, n=16, edit="hold"):
+    """For each feature, or those of `feature`: moved by -3..3 sd in n cells, drawn, and measured again. Ceiling: correlation of real cells
+    measured again with the table."""
+    places = {}
+    for pattern in feature or ["*"]:
+        places |= dict.fromkeys(find_features(pattern, cells.features, cells.dropped))
+    some = pick_some(cells.rows, None, 200, cells.seed)
+    real = pd.DataFrame(cells.look(cells.pictures(some)))  # (200, F)
+    ceiling = real.corrwith(pd.DataFrame(cells.raw(some)))  # (F,)
+    raw = cells.raw(pick_some(cells.rows, n, n, cells.seed))  # (n, F)
+    follow = 0
+    result = Result(f"controllability_{edit}", f"controllability, others {OTHERS[edit]}", n=n, edit=edit)
+    begun = time.time()
+    for done, j in enumerate(places, 1):
+        moved = [cells.edit(raw, [j], raw[:, [j]] + k * cells.scale[j], edit) for k in OFFSETS]
+        asked = np.stack(moved)  # (7, n, F)
+        f = cells.standardise(np.concatenate(moved))  # (7 n, F)
+        got = cells.look(cells.paint(f)).reshape(asked.shape)
+        far = cells.reference.how_far(f).reshape(-1, n)  # (7, n)
+        if edit == "conditional":
+            follow = cells.reference.covariance[j] / cells.reference.covariance[j, j]
+        record = obedience(asked, got, OFFSETS, cells.features, cells.unit, j, follow, cells.seed)
+        if cells.relative[j]:
+            record["status"] = "relative"  # the pictures express it in another unit
+        record["outside percentile at 1 sd"] = np.median(far[[2, 4]])  # -1 and 1 sd
+        record["at the ends"] = np.median(far[[0, -1]])
+        record["ceiling r"] = ceiling[j]
+        result.records.append(record)
+        print(f"feature {done}/{len(places)} | {time.time() - begun:.0f} s", flush=True)
+    result.chart = functools.partial(bars, records=result.records, names=["feature"], key="slope")
+    return result
+
+
+def coupling(cells, n=None):
+    """How much the pixel loss of each channel rises when a group of measurements is permuted between n cells."""
+    rows = pick_some(cells.rows, n, 500, cells.seed)
+    channels = cells.G.channels
+    groups = feature_groups(cells.features, channels)
+    result = Result("coupling", "coupling", n=len(rows))
+    f, x = cells.f(rows), cells.pictures(rows)
+    for name, rise, low, high in permutation(f, x, groups, cells.paint, cells.seed):
+        columns = {"group": name, "features": len(groups[name]), "channel": channels}
+        table = pd.DataFrame(columns | {"rise": rise, "low": low, "high": high})
+        result.records += table.to_dict("records")
+    result.chart = functools.partial(bars, records=result.records, names=["group", "channel"], key="rise")
+    return result
+
+
+def latents(cells):
+    """The five latent dimensions of largest mean |mu| over the cells, each walked from -2 to 2 sd with the others at 0, measured again.
+    A GAN's noise is alike in every dimension: there the ranking is chance."""
+    size, order, values = rank_latents(cells.f(cells.rows))
+    result = Result("latents", "Latent dimensions by mean |mu|, from -2 to 2 sd, the others at 0",
+                    n=len(cells.rows))
+    for d in order[:5]:
+        z = np.zeros((len(values[d]), len(size)))
         z[:, d] = values[d]
-        add_row(lab, figure, f"dimension {d}, mean |mu| {size[d]:.3g}; {FIG4C[0]}, measured again", z, [f"at {v:.3g}" for v in z[:, d]],
-                [j for j, f in enumerate(lab["features"]) if f == FIG4C[0]], value=z[:, d],
-                dimension=[int(d)] * len(z), **{"mean |mu|": [size[d]] * len(z)})
-    return figure
+        heads = [f"at {v:.3g}" for v in values[d]]
+        name = f"dimension {d}; measured: {AREA}"
+        result.draw(cells, name, z, heads, watched(cells),
+                    value=values[d], dimension=d, mean_size=size[d])
+    return result
 
 
-def steer(lab, feature, n, edit):
-    """controllability of the generator for every feature or those of `feature`; noise ceiling: r of real cells measured again."""
-    names, seed, look, begun, records = lab["features"], lab["seed"], lab["look"], time.time(), []
-    places = list(dict.fromkeys(j for f in feature or ["*"] for j in find_features(f, names, lab["dropped"])))
-    rows, some = pick_some(lab["rows"], n, n, seed), pick_some(lab["rows"], None, 200, seed)
-    (centre, scale), seen, table = lab["scaling"](rows), look(lab["images"](some)), lab["raw"](some)
-    z, held = lambda raw: standardised(raw, centre, scale), lab["reference"]["covariance"] if edit == "conditional" else None
-    for record in controllability(lab["raw"](rows), scale, names, places, lambda raw: lab["paint"](z(raw)), look,
-                                  lambda raw: how_far(lab["reference"], z(raw))[0], covariance=held, relative=lab["relative"], seed=seed):
-        pair = pd.DataFrame({"seen": seen[:, j := places[len(records)]], "table": table[:, j]}).dropna()
-        records.append(record | {"ceiling r": pair.corr().iloc[0, 1] if record["status"] == "measured" else np.nan, "ceiling n": len(pair)})
-        if len(records) % 20 == 0 or len(records) == len(places):
-            print(f"feature {len(records):4d}/{len(places)} | {6 * n * len(records) / (time.time() - begun):.0f} pictures/s", flush=True)
-    figure = empty("controllability" + "_conditional" * (edit == "conditional"), f"controllability, others {edit}", n=n, edit=edit)
-    return figure | {"records": records, "chart": ((11, 2 + 0.16 * min(60, len(records))), lambda ax: rank_chart(ax, records, len(names)))}
+# ------------------------------------------------------------------------------------------------------------
+# A page with sliders
+
+PAGE_HTML = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>%(title)s</title>
+<style>
+body { font: 17px/1.4 sans-serif; max-width: 1000px; margin: 20px auto; padding: 0 12px }
+h1 { font-size: 24px; margin: 0 } h2 { font-size: 17px; margin: 0; width: 100%% }
+.row { display: flex; flex-wrap: wrap; gap: 8px; margin: 12px 0 }
+figure { margin: 0 } figcaption { font-size: 14px }
+canvas { width: 236px; image-rendering: pixelated; display: block }
+label { display: block; margin: 12px 0 } input { width: 100%%; margin: 4px 0 }
+.far { color: #b00020 } small { color: #444 }
+</style>
+<h1>%(title)s</h1>
+<p>Move a slider (mouse, or tab and arrow keys): the network draws this cell with that measurement changed
+and all others %(others)s.</p>
+<div id="sliders"></div>
+<button id="own">back to the cell's own measurements</button>
+<p id="place" aria-live="polite"></p>
+<div id="pictures"></div>
+<small>"Measured" is what a measuring program finds in the picture, in the drawn and in the real one alike.
+Compare it with what the slider asks for. (rel.): in another unit, not comparable. Inside or outside the data: how far
+all asked measurements together lie from those of the known cells (edge: farther than 95 %% of them, far outside:
+than 99 %%); a drawing far outside is a guess.
+%(source)s</small>
+<script>
+const P = %(content)s, side = P.side, sprite = new Image(), inputs = [], said = [];
+const rows = P.rows.map(([name, words]) => {  // words: of the real cell if any, of its own measurements, of the stops
+  const real = words[0][0] === "real cell" ? 1 : 0;
+  const number = lines => parseFloat(lines[0].split(" ")[1]);  // of "own 959.2", "asked 523.2", "asked -3 sd"
+  const stops = words.slice(real + 1), own = stops[0][0].endsWith(" sd") ? 0 : number(words[real]);
+  const distances = stops.map(lines => Math.abs(number(lines) - own));
+  return {name, words, real, start: distances.indexOf(Math.min(...distances))};  // the stop nearest to its own
+});
+const parts = ["all channels", ...P.channels.map((name, k) => `${name} (${["blue", "green", "red"][k]})`)];
+function add(parent, kind, text = "") {
+  const e = document.createElement(kind);
+  e.textContent = text;
+  parent.append(e);
+  return e;
+}
+function strip() {  // a heading, the composite and each channel in grey
+  const box = add(document.getElementById("pictures"), "div"), title = add(box, "h2");
+  box.className = "row";
+  const canvases = parts.map(name => {
+    const figure = add(box, "figure"), canvas = add(figure, "canvas");
+    add(figure, "figcaption", name);
+    canvas.width = canvas.height = side;
+    return canvas.getContext("2d", {willReadFrequently: true});
+  });
+  return (text, row, column) => {
+    title.textContent = text;
+    canvases[0].drawImage(sprite, -side * column, -side * row);
+    const whole = canvases[0].getImageData(0, 0, side, side).data;
+    canvases.slice(1).forEach((canvas, k) => {
+      const grey = canvas.createImageData(side, side);
+      for (let i = 0; i < whole.length; i += 4) {
+        grey.data.fill(whole[i + 2 - k], i, i + 3);
+        grey.data[i + 3] = 255;
+      }
+      canvas.putImageData(grey, 0, 0);
+    });
+  };
+}
+const drawn = strip(), real = rows[0].real ? strip() : null;
+function show(row, column) {  // column of the sprite: the real cell if any, own measurements, then the stops
+  const words = rows[row].words[column], place = document.getElementById("place");
+  rows.forEach((other, r) => {
+    if (r !== row) inputs[r].value = other.start;
+    said[r].textContent = other.words[r === row ? column : other.real][0];
+    inputs[r].setAttribute("aria-valuetext", said[r].textContent);
+  });
+  drawn(`drawn, ${rows[row].name}: ` + words.slice(0, -1).join(", "), row, column);
+  if (real) real(rows[row].words[0].join(", "), row, 0);
+  place.textContent = "The asked measurements lie " + words.at(-1);
+  place.className = place.textContent.includes("far outside") ? "far" : "";
+}
+rows.forEach((row, r) => {
+  const label = add(document.getElementById("sliders"), "label", row.name + ": "), first = row.real + 1;
+  said.push(add(label, "b"));
+  const input = add(label, "input");
+  Object.assign(input, {type: "range", min: 0, max: row.words.length - first - 1, value: row.start});
+  input.oninput = () => show(r, first + Number(input.value));
+  inputs.push(input);
+});
+function own() {
+  inputs.forEach((input, r) => { input.value = rows[r].start; });
+  show(0, rows[0].real);
+}
+document.getElementById("own").onclick = own;
+sprite.onload = () => {
+  const [row, stop] = location.hash.slice(1).split(",");  // page.html#0,24: first slider, last stop
+  if (!stop) return own();
+  inputs[row].value = stop;
+  inputs[row].oninput();
+};
+sprite.src = "data:image/png;base64," + P.sprite;
+</script>
+</html>
+"""
 
 
-def couple(lab, n, repeats):
-    """coupling of the generator, on n cells."""
-    rows, channels = pick_some(lab["rows"], n, 500, lab["seed"]), lab["channels"]
-    records = coupling(lab["z"](rows), lab["images"](rows), feature_groups(lab["features"], channels), lab["paint"], lab["seed"], repeats)
-    records = [r | {"channel": channels[r["channel"]]} for r in records]
-    figure = empty("coupling", "coupling", n=len(rows), repeats=repeats)
-    return figure | {"records": records, "chart": ((7, 7), lambda ax: table_chart(ax, records, channels))}
+def page(result, channels, others, source):
+    """HTML with a slider for each row of a sweep's result: moving one puts the others back to the cell's own values. It shows the drawn
+    picture beside the real cell, where there is one."""
+    sprite = io.BytesIO()
+    tiles = data.tile([data.composite(x) for _, x, _ in result.rows], 1, 0)
+    Image.fromarray(tiles).save(sprite, "PNG")
+    content = {
+        "side": result.rows[0][1].shape[3],
+        "channels": channels,
+        "rows": [[name, words] for name, _, words in result.rows],
+        "sprite": base64.b64encode(sprite.getvalue()).decode(),
+    }
+    return PAGE_HTML % {
+        "title": html.escape(result.title),
+        "others": others,
+        "source": source,
+        "content": json.dumps(content).replace("</", "<\\/"),
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command
 
-
-def write_figure(out, figure, about, gif, page):
-    """PNG (strip, chart), JSON and CSV of a figure, on request GIF and page; returns their path without suffix."""
-    out.mkdir(parents=True, exist_ok=True)
-    path, rows = out / re.sub(r"[^\w+-]+", "_", figure["stem"])[:120], figure["rows"]
-    if rows:
-        data.write(path.with_suffix(".png"), lambda p: strip(rows, figure["title"]).save(p, format="PNG"))
-    if "chart" in figure:
-        chart(out / (path.name + "_chart" * bool(rows) + ".png"), *figure["chart"])
-    plain = lambda v: v if not isinstance(v, float) else float(f"{v:.6g}") if np.isfinite(v) else None
-    records = [{"n": about["n"]} | {k: plain(v) for k, v in r.items()} for r in figure["records"]]
-    table = pd.DataFrame(records).assign(split=about["split"], seed=about["seed"], extractor=EXTRACTOR)
-    data.write(path.with_suffix(".json"), json.dumps({"about": about, "records": records}, indent=1) + "\n")
-    data.write(path.with_suffix(".csv"), table.to_csv(index=False))
-    names, x, said = zip(*figure["drawn"]) if figure["drawn"] else ((), (), ())
-    if gif:
-        there = list(range(max(map(len, x))))  # and back
-        frames = [strip([(n, p[i:][:1], t[i:][:1]) for n, p, t in figure["drawn"] if i < len(p)], "", 4) for i in there + there[-2:0:-1]]
-        data.write(path.with_suffix(".gif"), lambda p: frames[0].save(p, "GIF", save_all=True, append_images=frames[1:], duration=300, loop=0))
-    if page:
-        shown = figure.get("page") or ([("row", names, 0), ("picture", list(range(1, len(x[0]) + 1)), 0)], torch.cat(x), sum(said, []))
-        source = f"{about['checkpoint']}, step {about['step']}; cells: {about['split']}; data: {about['data']}"
-        write_page(Path(page), figure["title"], source, *shown, about["channels"])
-    return path
+MEASURED = ["sweep", "moa", "dose", "walk", "algebra", "controllability", "coupling"]  # of measurements
+LATENT = ["walk", "algebra", "latents"]  # by a VAE or GAN
+SHARED = ["command", "figure", "data", "table", "run", "split", "out", "seed", "device", "html"]  # for main
 
 
-def flag(default, help, **more):
-    return {"default": default, "type": type(default), "help": f"{help} (default {default})"} | more
-
-
-NAMES, REAL = {"nargs": "+", "metavar": "NAME"}, {"type": float}
-EDIT = flag("hold", "the other measurements: held, or moved to their conditional mean", choices=["hold", "conditional"])
-START = flag("DMSO", "where it begins: mechanism, compound or treatment", metavar="NAME")
-FLAGS = {  # of each command, after its function and what it does
-    "sweep": (sweep, "features or groups of one cell from low to high (Fig 4c)", {
-        "feature": NAMES | {"help": "CellProfiler names, or groups moved together, 'Nuclei_Texture_*': a row and a slider each"},
-        "unit": {"choices": ["raw", "percentile", "sd"], "help": "of low and high: CellProfiler's (default), percentiles of training "
-                 "cells, or sd from the cell's own value (default for groups)"},
-        "low": REAL | {"help": "first value (default: 1st percentile of the training cells, or -3 sd)"},
-        "high": REAL | {"help": "last value (default: 99th percentile of the training cells, or 3 sd)"},
-        "steps": flag(7, "pictures in a row"), "edit": EDIT,
-        "cell": {"metavar": "KEY", "help": "the cell, by its name in cells.csv (default: the one closest to the mean of the split)"}}),
-    "moa": (moa, "from DMSO to a mechanism, 50 measurements a step (Fig 5a)", {
-        "target": NAMES | {"help": "mechanisms, compounds or treatments, 'taxol 0.3' (default: the three commonest mechanisms)"},
-        "start": START,
-        "path": flag("blocks", "the most different measurements first (the paper), or a straight line", choices=["blocks", "linear"]),
-        "block": flag(BLOCK, "measurements replaced a step")}),
-    "dose": (dose, "DMSO and the concentrations of a compound (Fig 5b, c)", {
-        "compound": flag("latrunculin B", "as in cells.csv"), "start": START, "steps": flag(5, "pictures on the line")}),
-    "walk": (walk, "a straight line between two cells, or two noise vectors of a GAN", {
-        "cells": {"nargs": 2, "required": True, "metavar": "KEY", "help": f"two names in cells.csv; of a GAN noise0 to noise{NOISE - 1}"},
-        "steps": flag(9, "pictures")}),
-    "algebra": (algebra, "high - low + other, measured again (CytoGAN)", {
-        "feature": flag(FIG4C[0], "what is high and low"), "terms": flag(3, "cells averaged in each term"),
-        "repeats": flag(20, "draws of cells")}),
-    "latents": (latents, "the latent dimensions of a VAE or GAN, from -2 to 2 sd", {"top": flag(5, "dimensions, a row each")}),
-    "controllability": (steer, "for each feature: asked -3..3 sd against measured again", {
-        "feature": NAMES | {"help": "names or patterns (default: every feature; 6 n pictures each)"},
-        "n": flag(16, "cells"), "edit": EDIT}),
-    "coupling": (couple, "which groups of measurements each channel depends on", {
-        "n": {"type": int, "help": "cells (default 500, or all where there are fewer)"}, "repeats": flag(3, "permutations of each group")})}
-
-ON_TABLES = ("sweep", "walk", "algebra")  # the commands that can do without real pictures
-LATENT = ("walk", "algebra", "latents")  # those for the latent space of a VAE or GAN
+def count(text):
+    """An argparse type: a whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return int(text)
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (function, what, flags) in FLAGS.items():
-        add = (command := commands.add_parser(name, help=what, description=function.__doc__)).add_argument
-        add("--data", required=name not in ON_TABLES, metavar="DIR", help="prepared folder (prepare_bbbc021.py --out)")
-        if name in ON_TABLES:
-            add("--table", metavar="FILE", help="edit cells of this table: CellProfiler's CSV folder or SQLite file, or a CSV with its prefixed "
-                "names; distances are from the training cells of --data or, without it, from the table's own")
-        add("--run", required=True, metavar="RUN", help="a run's folder (its last.pt is used) or a checkpoint file, RUN/best.pt")
-        for key, options in flags.items():
-            add(f"--{key}", **options)
-        add("--split", default="test", choices=["train", "val", "test", "all"], help="the cells that are looked at (default test)")
-        add("--out", metavar="DIR", help="where the results go (default RUN/interpolate)")
-        add("--seed", type=int, default=0, help="of every draw of cells and every bootstrap (default 0)")
-        add("--device", default="auto", help="cuda or cpu (default: cuda where there is one)")
-        if name not in ("controllability", "coupling"):
-            add("--gif", action="store_true", help="also a moving picture")
-            add("--html", dest="page", metavar="FILE", help="also one self-contained page with sliders")
-        if name == "sweep":
-            add("--fig4c", action="store_const", const=FIG4C, dest="feature", help="the paper's four rows")
-        command.set_defaults(function=function, wants=[*flags, "page"] if name == "sweep" else list(flags))
+
+    def command(figure, what):
+        """A parser with the flags that all figures share; returns how a flag is added to it."""
+        one = commands.add_parser(figure.__name__, help=what)
+        one.set_defaults(figure=figure, table=None, html=None)
+        add = one.add_argument
+        add("--data", required=figure is not sweep,
+            help="prepared folder (prepare_bbbc021.py --out)")
+        add("--run", required=True,
+            help="a run's folder (its last.pt) or a checkpoint, RUN/best.pt")
+        add("--split", default="test", choices=["train", "val", "test", "all"],
+            help="cells that are looked at (default test)")
+        add("--out",
+            help="where the results go (default RUN/interpolate)")
+        add("--seed", type=data.seed, default=0,
+            help="of every draw of cells and every bootstrap (default 0)")
+        add("--device", default="auto",
+            help="as torch names it (default: cuda where there is one, else cpu)")
+        return add
+
+    add = command(sweep, "features or groups of one cell from low to high (Fig 4c)")
+    add("--table",
+        help="edit a cell of CellProfiler's export (CSV folder, SQLite, one CSV) instead; distances are from "
+        "the training cells of --data or, without it, from the table's own")
+    add("--feature", nargs="+", default=FIG4C,
+        help="CellProfiler names (default: those of --fig4c), or groups moved together, 'Nuclei_Texture_*'")
+    add("--fig4c", action="store_const", const=FIG4C, dest="feature",
+        help="the paper's four features")
+    add("--low", type=float,
+        help="first value, in a feature's unit (default: 1st percentile of training cells) or a group's sd (-3)")
+    add("--high", type=float,
+        help="last value (default: 99th percentile, or 3 sd)")
+    add("--steps", type=count, default=7,
+        help="pictures in a row (default 7)")
+    add("--edit", default="hold", choices=OTHERS,
+        help="the other measurements: held, or moved to their conditional mean")
+    add("--cell",
+        help="the cell, by its name (default: the one closest to the mean of the split)")
+    add("--html",
+        help="also one page with a slider for each feature, for any browser, offline")
+
+    add = command(moa, "from DMSO to a mechanism, 50 measurements a step (Fig 5a)")
+    add("--target", nargs="+",
+        help="mechanisms, compounds or treatments, 'taxol 0.3' (default: the three commonest mechanisms)")
+    add("--block", type=count, default=BLOCK,
+        help="measurements replaced a step (default 50)")
+
+    add = command(dose, "DMSO and the concentrations of a compound (Fig 5b, c)")
+    add("--compound", default="latrunculin B",
+        help="as in cells.csv (default latrunculin B)")
+
+    add = command(walk, "a straight line between two cells, or two noise vectors of a GAN")
+    add("--cells", dest="ends", nargs=2, required=True,
+        help="two names in cells.csv; of a GAN noise0, noise1, ...")
+
+    add = command(algebra, "high - low + other, measured again (CytoGAN)")
+    add("--feature", default=AREA,
+        help="what is high and low (default Nuclei_AreaShape_Area)")
+
+    add = command(controllability, "for each feature: asked -3..3 sd against measured again")
+    add("--feature", nargs="+",
+        help="names or patterns (default: every feature; 7 n pictures each)")
+    add("--n", type=count, default=16,
+        help="cells (default 16)")
+    add("--edit", default="hold", choices=OTHERS,
+        help="the other measurements: held, or moved to their conditional mean")
+
+    add = command(coupling, "which groups of measurements each channel depends on")
+    add("--n", type=count,
+        help="cells (default 500, or all where there are fewer)")
+
+    command(latents, "the latent dimensions of a VAE or GAN, from -2 to 2 sd")
+
     args = parser.parse_args(argv)
     if not args.data and not args.table:
-        parser.error(f"{args.command} needs --data DIR, or --table FILE")
-    if args.command == "sweep" and not args.feature:
-        parser.error("sweep needs --feature NAME, or --fig4c")
-    for name, least in (("steps", 2), ("n", 2), ("block", 1), ("terms", 1), ("repeats", 1), ("top", 1)):
-        if getattr(args, name, None) is not None and getattr(args, name) < least:
-            parser.error(f"--{name} is {getattr(args, name)}, expected {least} or more")
+        parser.error("sweep needs --data DIR, or --table FILE")
     return args
 
 
 @torch.no_grad()
 def main(argv=None):
-    args = vars(parse(argv))
-    device = data.pick_device(args["device"])
-    folder, run = data.open_folder(args["data"]) if args["data"] else None, Path(args["run"])
-    G = model.load(checkpoint := run / "last.pt" if run.is_dir() else run, device)
-    if folder and (G.features != folder.features or G.identity != folder.identity):
-        raise InputError(f"{checkpoint}: was trained on another prepared folder than {folder.path} (other features or checksums); "
+    args = parse(argv)
+    folder = data.open_folder(args.data) if args.data else None
+    checkpoint = Path(args.run)
+    if checkpoint.is_dir():
+        checkpoint = checkpoint / "last.pt"
+    G = model.load(checkpoint, data.pick_device(args.device))
+    if folder and G.identity != folder.identity:
+        raise InputError(f"{checkpoint}: was trained on another prepared folder than {folder.path}; "
                          "give the --data of that run")
-    if G.takes == "features" and args["command"] == "latents":
-        raise InputError(f"{checkpoint}: {G.model} takes measurements and has no latent space; give the run of a VAE or GAN, or move "
-                         "measurements by sweep, walk or algebra")
-    if G.takes != "features" and (args["command"] not in LATENT or args.get("table")):
-        asked = "--table" if args.get("table") else args["command"]
-        raise InputError(f"{checkpoint}: {G.model} takes {G.takes}, and {asked} needs a model that takes measurements (cp2image); "
-                         f"{', '.join(LATENT)} with --data serve a {G.model}")
-    table = data.read_table(args["table"], G.channels[0]) if args.get("table") else None
-    lab = open_lab(G, folder, args["split"], args["seed"], device, table)
-    figure = args["function"](lab, **{name: args[name] for name in args["wants"]})
-    reference, known = lab["reference"], "noise vectors" if G.takes == "noise" else "training cells"
-    about = {"command": args["command"], "data": args.get("table") or args["data"], "checkpoint": str(checkpoint), "step": G.step,
-             "split": args["split"] if table is None else "table", "seed": args["seed"], "images": G.image_norm, "channels": G.channels,
-             "extractor": EXTRACTOR, "model": G.model, "reference": args["data"] or args["table"],
-             known: len(reference["z"]), "Ledoit-Wolf shrinkage": round(reference["shrinkage"], 6)} | figure["about"]
-    about |= {"split": "noise", "reference": "noise"} if G.takes == "noise" else {}
-    path = write_figure(Path(args["out"] or checkpoint.parent / "interpolate"), figure, about, args.get("gif"), args.get("page"))
-    far = [r["outside percentile"] for r in figure["records"] if "outside percentile" in r]
-    if any(p > 99 for p in far):
-        print(f"warning: {sum(p > 99 for p in far)} of {len(far)} pictures lie outside the data, farther than 99 % of the {known} "
-              f"(Mahalanobis), the farthest at percentile {max(far):.4g}: these are extrapolations")
-    print(f"{figure['title']}\nwritten: {path}.png, .json, .csv")
+    figures = MEASURED if G.takes == "features" else LATENT
+    if args.command not in figures:
+        raise InputError(f"{checkpoint}: {G.model} takes {G.takes}, which {args.command} cannot edit; "
+                         f"it can do {figures}")
+    if args.table:
+        from prepare_bbbc021 import read_table
+        cells = TableCells(G, read_table(args.table, G.channels[0]), folder, args.seed)
+    else:
+        kind = {"features": Cells, "images": EncodedCells, "noise": NoiseCells}[G.takes]
+        cells = kind(G, folder, args.split, args.seed)
+
+    options = {name: value for name, value in vars(args).items() if name not in SHARED}
+    result = args.figure(cells, **options)
+    about = {
+        "command": args.command,
+        "data": args.data,
+        "table": args.table,
+        "checkpoint": str(checkpoint),
+        "model": G.model,
+        "step": G.step,
+        "split": cells.split,
+        "seed": args.seed,
+        "known cells": len(cells.reference.ranked),
+        "Ledoit-Wolf shrinkage": cells.reference.shrinkage,
+    }
+    path = result.write(Path(args.out or checkpoint.parent / "interpolate"), about | result.about)
+    if args.html:
+        shown = sweep(cells, **options | {"steps": STOPS})
+        content = page(shown, G.channels, OTHERS[args.edit], f"Model: {G.model}, step {G.step}.")
+        data.write(Path(args.html), content)
+    if result.outside:
+        print(f"warning: {result.outside} pictures lie outside the data, farther than 99 % of the cells: "
+              "these are extrapolations")
+    print(f"{result.title}\nwritten: {path}.png, .json, .csv")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,25 @@
-"""Train CP2Image on a prepared folder: the generator learns to draw a cell from its CellProfiler measurements. Or a baseline of it.
+"""Train CP2Image on a prepared folder: the generator learns to draw a cell from its CellProfiler measurements. Or a baseline.
 
     python train.py --data out/ --steps 300
     python train.py --data out/ --model vaeplus
     torchrun --nproc_per_node=4 -- train.py --data out/          # the `--` keeps --run from torchrun
 
-Reads the folder of prepare_bbbc021.py. Writes RUN/last.pt (all that resuming and drawing need), RUN/best.pt (the generator with
-the lowest validation pixel loss; not for GANs), RUN/log.csv, RUN/args.json and RUN/samples/*.png. Cost: see the README's speed table.
+Reads the folder of prepare_bbbc021.py. Writes RUN/last.pt (all that resuming and drawing need), RUN/best.pt (the generator
+with the lowest validation pixel loss; not for GANs), RUN/log.csv, RUN/losses.png, RUN/args.json and RUN/samples/*.png.
+Cost: see the README's speed table. The methods come first, one step each: a student changes the loss there.
 """
 import argparse
-import contextlib
 import copy
 import csv
-import itertools
+import datetime
+import io
 import json
 import os
-import resource
 import shlex
 import signal
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -28,244 +27,353 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import data
 import model
 
-LOSS_TERMS = ["loss_pix", "loss_hidden", "hidden0", "hidden1", "hidden2", "hidden3"]
-TERMS = {"cp2image": ["loss_d", "p_real", "p_fake", *LOSS_TERMS], "vae": ["kl", "loss_pix"],  # what a step of each model reports
-         "vaeplus": ["kl", "loss_d", "p_real", "p_fake", *LOSS_TERMS],
-         **dict.fromkeys(("lsgan", "dcgan", "wgan"), ["loss_g", "loss_d", "real", "fake"])}
-VALIDATION = ["train_pix", "val_pix", "train_hidden", "val_hidden"]
 VALIDATED = 512  # training and as many validation cells that the log's train_pix and val_pix are means over
-DEFAULTS = {  # what the authors of each model trained with; 80,000 steps are VAEplus' own, for the others a choice of ours
-    "cp2image": {"steps": 680_000, "batch": 0, "lr_g": 0.01, "lr_d": 0.001, "lr_decay": 1.0, "weight_decay": 1e-4, "spectral_norm": "on"},
-    "vae": {"steps": 80_000, "batch": 0, "lr_g": 0.01, "lr_d": 0.0, "lr_decay": 1.0, "weight_decay": 1e-4, "spectral_norm": "off"},
-    "vaeplus": {"steps": 80_000, "batch": 0, "lr_g": 0.01, "lr_d": 0.001, "lr_decay": 1.0, "weight_decay": 1e-4, "spectral_norm": "off"},
-    "lsgan": {"steps": 80_000, "batch": 64, "lr_g": 2e-4, "lr_d": 7e-5, "lr_decay": 0.9999, "weight_decay": 0.0, "spectral_norm": "off"},
-    "dcgan": {"steps": 80_000, "batch": 64, "lr_g": 1e-5, "lr_d": 5e-5, "lr_decay": 0.9999, "weight_decay": 0.0, "spectral_norm": "off"},
-    "wgan": {"steps": 80_000, "batch": 64, "lr_g": 2e-4, "lr_d": 7e-5, "lr_decay": 0.9999, "weight_decay": 0.0, "spectral_norm": "off"}}
-RESUMABLE = {"steps", "run", "resume", "data", "device", "graph", "resident", "compile", "log_every", "sample_every", "val_every", "save_every",
-             "bench"}
+GANS = ("lsgan", "dcgan", "wgan")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The methods: for each model the loss terms and one step (the pixel and hidden terms stand in model.py). A student changes the loss here.
+# ---------------------------------------------------------------------------------------------------------
+# CP2Image's step
 
 
 def hidden_weights(step, ramp):
-    """w_k = clip((step - ramp (k+1)) / ramp, 0, 1) for the four hidden maps (4,); step = steps already done (released code, ramp 2500).
-    `step` may be a tensor on a GPU, which a CUDA graph reads anew each time."""
-    step = torch.as_tensor(step, dtype=torch.float64)
-    k = torch.arange(model.HIDDEN_MAPS, device=step.device)
-    return ((step - ramp * (k + 1)) / ramp).clamp(0, 1) if ramp else torch.ones_like(k, dtype=step.dtype)
+    """w_k = clip((step - ramp (k+1)) / ramp, 0, 1) for the four hidden maps (4,); step = steps done (released code, ramp 2500)."""
+    if ramp == 0:
+        return torch.ones(model.HIDDEN_MAPS)
+    k = torch.arange(model.HIDDEN_MAPS, dtype=torch.float64)
+    return ((step - ramp * (k + 1)) / ramp).clamp(0, 1)
 
 
-def fade_in(hidden, step, ramp):
-    """The learned metric: the losses of the hidden maps (4,), each times its weight at this step. While all are 0 no backward pass is made."""
-    weights = hidden_weights(step, ramp)
-    return (weights.to(hidden) * (hidden if weights.is_cuda or weights.any() else hidden.detach())).sum()
+def discriminator_loss(logit_real, logit_fake):
+    """Binary cross-entropy of real (target 1) and generated (target 0) images, logits (B,) each, 1e-7 inside the logarithms."""
+    says_real = (logit_real.sigmoid() + 1e-7).log().mean()
+    says_fake = (1 - logit_fake.sigmoid() + 1e-7).log().mean()
+    return -0.5 * (says_real + says_fake)
 
 
-def discriminator_loss(p_real, p_fake):
-    """Binary cross-entropy over the probabilities (B,) of real (target 1) and generated (target 0) images, 1e-7 inside the logarithms."""
-    return -0.5 * ((p_real + 1e-7).log().mean() + (1 - p_fake + 1e-7).log().mean())
-
-
-def autocast(x, amp):
-    return torch.autocast(x.device.type, dtype=amp, enabled=amp is not None, cache_enabled=False)
-
-
-def compare(D, x, x_fake, x_real, amp=None):
-    """What the discriminator says of images (B, C, H, W): (hidden (4,), loss_d, p_real, p_fake).
-    It sees [x_real, x_fake] in one pass, which sets the batch-norm moments, and the originals x follow by the same moments. Nothing is
-    detached: the maps of the originals depend on the generated images through those moments, and the released gradient has that path."""
-    b = len(x)
+def look(D, x, x_fake, x_real, amp=None):
+    """The discriminator's one pass over [x_real, x_fake, x], images (B, C, H, W); x follows the moments of the first two.
+    Nothing is detached: the maps of x depend on the generated images through those moments, and the released gradient has
+    that path. Returns logits (B,) of real and generated images and the learned metric's losses (4,)."""
+    B = len(x)
     with autocast(x, amp):
-        (logit, h), (_, h_x) = D((x_real, x_fake.to(x_real.dtype)), x)
-    p_real, p_fake = logit.to(x.dtype).sigmoid().split(b)
-    hidden = model.hidden_losses([m.to(x.dtype) for m in h_x], [m[b:].to(x.dtype) for m in h], x[0].numel())
-    return hidden, discriminator_loss(p_real, p_fake), p_real, p_fake
+        logit, maps = D(torch.cat([x_real, x_fake, x]), moments_of=2 * B)  # (3B,), four maps of 3B
+    logit_real, logit_fake, _ = logit.chunk(3)
+    maps_fake = [h[B:2 * B] for h in maps]
+    maps_x = [h[2 * B:] for h in maps]
+    hidden = model.hidden_losses(maps_x, maps_fake, x[0].numel())
+    return logit_real, logit_fake, hidden
 
 
-def losses(G, D, f, x, x_real, amp=None):
-    """One forward pass of CP2Image -> (loss_pix, hidden (4,), loss_d, p_real, p_fake, x_fake).
-    f (B, F) and x (B, C, H, W) are the same cells; x_real is a second, independent batch."""
+def cp2image_step(G, D, opt_g, opt_d, f, x, x_real, weights, pixel_weight=1.0, hidden_weight=1.0,
+                  weight_decay=1e-4, order="shared", amp=None, scaler=None):
+    """One step of the released code; returns its terms for the log. f (B, F) and x (B, C, H, W) in 0..1 are the same
+    cells, x_real a second, independent batch; `weights` (4,): hidden_weights.
+    order "shared": both gradients come from one forward pass with the parameters before either update; "alternate"
+    (the paper's text): the generator's step first, then the discriminator's on fresh images; no running moment moves
+    twice a step."""
     with autocast(x, amp):
-        x_fake = G(f)
-    return model.pixel_loss(x, x_fake), *compare(D, x, x_fake, x_real, amp), x_fake
+        x_fake = G(f)                                               # (B, C, H, W)
+    logit_real, logit_fake, hidden = look(D, x, x_fake, x_real, amp)
+    if weights.device.type == "cpu" and not weights.any():
+        hidden = hidden.detach()  # the metric is still off: no backward pass through the discriminator
 
-
-def cp2image_step(G, D, opt_g, opt_d, f, x, x_real, step, ramp=2500, pixel_weight=1.0, hidden_weight=1.0, weight_decay=1e-4,
-                  order="shared", amp=None, scaler=None):
-    """One step of the released code, or with order="alternate" of the paper's text; returns the detached TERMS of the log.
-    shared: both gradients come from one forward pass with the parameters before either update; then every kernel shrinks by
-    weight_decay, then both updates are subtracted. alternate: the generator's step first, then the discriminator's on fresh images.
-    `step`: steps already done. `scaler`: a torch.amp.GradScaler for fp16."""
-    loss_pix, hidden, loss_d, p_real, p_fake, _ = losses(G, D, f, x, x_real, amp)
-    loss_hidden = fade_in(hidden, step, ramp)
-    loss_g = pixel_weight * loss_pix + hidden_weight * loss_hidden  # no adversarial term
+    loss_pix = model.pixel_loss(x, x_fake)
+    loss_hidden = (weights.to(hidden) * hidden).sum()               # the learned metric, faded in map by map
+    loss_g = pixel_weight * loss_pix + hidden_weight * loss_hidden  # no adversarial term: the released code has none
+    loss_d = discriminator_loss(logit_real, logit_fake)
 
     if order == "shared":
         update([(G, opt_g, loss_g), (D, opt_d, loss_d)], weight_decay, scaler)
     else:
         update([(G, opt_g, loss_g)], weight_decay, scaler)
-        _, _, loss_d, p_real, p_fake, _ = losses(G, D, f, x, x_real, amp)
+        track_moments(False, G, D)
+        with torch.no_grad(), autocast(x, amp):
+            x_fake = G(f)
+        logit_real, logit_fake, _ = look(D, x, x_fake, x_real, amp)
+        track_moments(True, G, D)
+        loss_d = discriminator_loss(logit_real, logit_fake)
         update([(D, opt_d, loss_d)], weight_decay, scaler)
-    return torch.stack([loss_d, p_real.mean(), p_fake.mean(), loss_pix, loss_hidden, *hidden]).detach()
+
+    p_real = logit_real.sigmoid().mean()
+    p_fake = logit_fake.sigmoid().mean()
+    return terms_of(loss_d=loss_d, p_real=p_real, p_fake=p_fake, loss_pix=loss_pix, loss_hidden=loss_hidden,
+                    hidden=hidden)
 
 
-def vae_step(G, D, opt_g, opt_d, f, x, x_real, step, beta=2.0, ramp=2500, pixel_weight=1.0, hidden_weight=1.0, weight_decay=1e-4,
-             amp=None, scaler=None):
-    """One step of the VAE, pixels + beta * KL; with a discriminator D of VAEplus, which adds the learned metric (Lafarge et al. 2019)."""
-    with autocast(x, amp):
-        x_fake, mean, log_var = G(x, torch.randn(len(x), bare(G).latent, device=x.device, dtype=x.dtype))
-    mean, log_var = mean.to(x.dtype), log_var.to(x.dtype)
-    kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(1).mean()
-    loss_pix = model.pixel_loss(x, x_fake)
-    loss_g = pixel_weight * loss_pix + beta * kl
-    if D is None:
-        update([(G, opt_g, loss_g)], weight_decay, scaler)
-        return torch.stack([kl, loss_pix]).detach()
-    hidden, loss_d, p_real, p_fake = compare(D, x, x_fake, x_real, amp)
-    loss_hidden = fade_in(hidden, step, ramp)
-    update([(G, opt_g, loss_g + hidden_weight * loss_hidden), (D, opt_d, loss_d)], weight_decay, scaler)
-    return torch.stack([kl, loss_d, p_real.mean(), p_fake.mean(), loss_pix, loss_hidden, *hidden]).detach()
-
-
-def gan_step(G, D, opt_g, opt_d, f, x, x_real, step, kind="lsgan", label_low=0.8, mix="pixel", weight_decay=0.0, amp=None, scaler=None):
-    """One step of CytoGAN's LSGAN, DCGAN or WGAN: D on fakes of a generator in eval mode, then the generator on fresh noise.
-    Labels are times U(label_low, 1), which smooths those of real images only. "WGAN" is WGAN with gradient penalty 10 and one critic
-    step; as the code ran, every pixel is mixed in its own share (mix "pixel"), in the text every image ("image")."""
-    noise = lambda: torch.randn(len(x), bare(G).latent, device=x.device, dtype=x.dtype)
-    with torch.no_grad(), autocast(x, amp):
-        G.eval()
-        x_fake = G(noise()).to(x.dtype)
-        G.train()
-    with autocast(x, amp):
-        fake, real = D(torch.cat([x_fake, x])).to(x.dtype).split(len(x))
-    if kind == "wgan":
-        share = torch.rand(x.shape if mix == "pixel" else (len(x), 1, 1, 1), device=x.device, dtype=x.dtype)
-        mixed = (share * x + (1 - share) * x_fake).requires_grad_()
-        slope = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)[0] / 2  # of images in -1..1, as the code has them
-        loss_d = fake.mean() - real.mean() + 10 * (slope.square().sum((1, 2, 3)).sqrt() - 1).square().mean()
-    else:
-        label = 1 - torch.rand_like(real) * (1 - label_low)
-        loss_d = 0.5 * (distance(kind, fake, torch.zeros_like(fake)) + distance(kind, real, label))
-    update([(D, opt_d, loss_d)], weight_decay, scaler)
-
-    with autocast(x, amp):
-        logit = D(G(noise())).to(x.dtype)
-    loss_g = -logit.mean() if kind == "wgan" else distance(kind, logit, torch.ones_like(logit))
-    update([(G, opt_g, loss_g)], weight_decay, scaler)
-    return torch.stack([loss_g, loss_d, real.mean(), fake.mean()]).detach()
-
-
-def distance(kind, logit, label):
-    """From logits (B,) to labels in 0..1: squared error (LSGAN) or binary cross-entropy (DCGAN)."""
-    return (logit - label).square().mean() if kind == "lsgan" else F.binary_cross_entropy_with_logits(logit, label)
-
-
-def update(parts, weight_decay, scaler=None):
-    """For each (net, optimiser, loss): its gradient; then all kernels shrink; then all updates are subtracted."""
+def update(parts, weight_decay=0.0, scaler=None):
+    """For each (net, optimiser, loss) its gradient; then every kernel shrinks by `weight_decay`; then all updates are subtracted.
+    Several processes average their gradients. `scaler`: a torch.amp.GradScaler for fp16."""
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     for i, (net, opt, loss) in enumerate(parts):
         opt.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward(inputs=list(net.parameters()), retain_graph=i + 1 < len(parts))
+        others_follow = i + 1 < len(parts)
+        scaler.scale(loss).backward(inputs=list(net.parameters()), retain_graph=others_follow)
     for net, _, _ in parts:
-        decay(net, weight_decay)
+        if dist.is_initialized():
+            for p in net.parameters():
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+        with torch.no_grad():
+            for kernel in model.kernels(net):
+                kernel.mul_(1 - weight_decay)
     for _, opt, _ in parts:
         scaler.step(opt)
     scaler.update()
 
 
+def autocast(x, amp):
+    """Mixed precision in `amp` (torch.bfloat16, torch.float16 or None) on the device of x."""
+    return torch.autocast(x.device.type, dtype=amp, enabled=amp is not None, cache_enabled=False)
+
+
+def track_moments(on, *nets):
+    """Whether training batches move the running moments of the networks' batch norms."""
+    for net in nets:
+        for module in net.modules():
+            if isinstance(module, model.BatchNorm):
+                module.track = on
+
+
+def terms_of(hidden=(), **terms):
+    """What a step tells the log, {name: number}: whatever it is given, and each hidden map's loss."""
+    for k, loss in enumerate(hidden):
+        terms[f"hidden{k}"] = loss
+    return {name: value.detach() for name, value in terms.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The baselines' steps. Random numbers come from torch's generator, which the loop seeds by (seed, step, process)
+
+
+def vae_step(G, D, opt_g, opt_d, f, x, x_real, weights, beta=2.0, pixel_weight=1.0, hidden_weight=1.0,
+             weight_decay=1e-4, amp=None, scaler=None):
+    """One step of the VAE, pixels + beta * KL; with a discriminator D of VAEplus, which adds the learned metric
+    (Lafarge et al. 2019). Arguments as cp2image_step's."""
+    with autocast(x, amp):
+        x_fake, mean, log_var = G(x, normal(x, G.latent))           # (B, C, H, W), (B, latent), (B, latent)
+    kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var)        # (B, latent)
+    kl = kl.sum(1).mean()
+    loss_pix = model.pixel_loss(x, x_fake)
+    loss_g = pixel_weight * loss_pix + beta * kl
+    if D is None:
+        update([(G, opt_g, loss_g)], weight_decay, scaler)
+        return terms_of(kl=kl, loss_pix=loss_pix)
+
+    logit_real, logit_fake, hidden = look(D, x, x_fake, x_real, amp)
+    loss_hidden = (weights.to(hidden) * hidden).sum()
+    loss_g = loss_g + hidden_weight * loss_hidden
+    loss_d = discriminator_loss(logit_real, logit_fake)
+    update([(G, opt_g, loss_g), (D, opt_d, loss_d)], weight_decay, scaler)
+    p_real = logit_real.sigmoid().mean()
+    p_fake = logit_fake.sigmoid().mean()
+    return terms_of(kl=kl, loss_d=loss_d, p_real=p_real, p_fake=p_fake, loss_pix=loss_pix, loss_hidden=loss_hidden,
+                    hidden=hidden)
+
+
+def gan_step(G, D, opt_g, opt_d, f, x, x_real, weights, kind="lsgan", label_low=0.8, mix="pixel",
+             weight_decay=0.0, amp=None, scaler=None):
+    """One step of CytoGAN's LSGAN, DCGAN or WGAN: D on fakes of a generator in eval mode, then G on fresh noise.
+    Labels are times U(label_low, 1), which smooths those of real images only. "WGAN" is WGAN with gradient penalty 10
+    and one critic step; as the code ran, every pixel is mixed in its own share (mix "pixel"), in the text every image
+    ("image")."""
+    with torch.no_grad(), autocast(x, amp):
+        G.eval()
+        x_fake = G(normal(x, G.latent)).to(x.dtype)
+        G.train()
+    with autocast(x, amp):
+        logit = D(torch.cat([x_fake, x])).to(x.dtype)
+        fake, real = logit.chunk(2)                                 # (B,), (B,)
+    if kind == "wgan":
+        penalty = gradient_penalty(D, x, x_fake, mix)
+        loss_d = fake.mean() - real.mean() + 10 * penalty
+    else:
+        label = 1 - torch.rand_like(real) * (1 - label_low)
+        loss_fake = distance(kind, fake, torch.zeros_like(fake))
+        loss_real = distance(kind, real, label)
+        loss_d = 0.5 * (loss_fake + loss_real)
+    update([(D, opt_d, loss_d)], weight_decay, scaler)
+
+    with autocast(x, amp):
+        x_fake = G(normal(x, G.latent))
+        logit = D(x_fake).to(x.dtype)
+    if kind == "wgan":
+        loss_g = -logit.mean()
+    else:
+        loss_g = distance(kind, logit, torch.ones_like(logit))
+    update([(G, opt_g, loss_g)], weight_decay, scaler)
+    return terms_of(loss_g=loss_g, loss_d=loss_d, real=real.mean(), fake=fake.mean())
+
+
+def normal(x, n):
+    """Standard normal vectors (B, n) beside images x (B, C, H, W)."""
+    return torch.randn(len(x), n, device=x.device, dtype=x.dtype)
+
+
+def distance(kind, logit, label):
+    """From logits (B,) to labels in 0..1: squared error (LSGAN) or binary cross-entropy (DCGAN)."""
+    if kind == "lsgan":
+        return (logit - label).square().mean()
+    return F.binary_cross_entropy_with_logits(logit, label)
+
+
+def gradient_penalty(D, x, x_fake, mix):
+    """Mean squared distance from 1 of D's slope at mixtures of real and generated images (Gulrajani et al. 2017)."""
+    shape = (len(x), 1, 1, 1)
+    if mix == "pixel":
+        shape = x.shape
+    share = torch.rand(shape, device=x.device, dtype=x.dtype)
+    mixed = (share * x + (1 - share) * x_fake).requires_grad_()
+    slope, = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
+    slope = slope / 2  # of images in -1..1, as the code has them
+    length = slope.square().sum((1, 2, 3)).sqrt()                   # (B,)
+    return (length - 1).square().mean()
+
+
+# What the authors of each model trained with; 80,000 steps are VAEplus' own, for the others a choice of ours
+CP2IMAGE = {
+    "steps": 680_000,
+    "batch": 0,
+    "lr_g": 0.01,
+    "lr_d": 0.001,
+    "lr_decay": 1.0,
+    "weight_decay": 1e-4,
+    "spectral_norm": "on",
+}
+GAN = {
+    "steps": 80_000,
+    "batch": 64,
+    "lr_g": 2e-4,
+    "lr_d": 7e-5,
+    "lr_decay": 0.9999,
+    "weight_decay": 0.0,
+    "spectral_norm": "off",
+}
+DEFAULTS = {
+    "cp2image": CP2IMAGE,
+    "vae": CP2IMAGE | {"steps": 80_000, "spectral_norm": "off"},
+    "vaeplus": CP2IMAGE | {"steps": 80_000, "spectral_norm": "off"},
+    "lsgan": GAN,
+    "dcgan": GAN | {"lr_g": 1e-5, "lr_d": 5e-5},
+    "wgan": GAN,
+}
+
+
+def method(args):
+    """The step of a model with its flags, a function of (G, D, opt_g, opt_d, f, x, x_real, weights); a student's own
+    model is trained CP2Image's way."""
+    metric = {"pixel_weight": args.pixel_weight, "hidden_weight": args.hidden_weight}
+    if args.model in GANS:
+        return partial(gan_step, kind=args.model, label_low=args.label_low, mix=args.mix)
+    if args.model in ("vae", "vaeplus"):
+        return partial(vae_step, beta=args.beta, **metric)
+    return partial(cp2image_step, order=args.order, **metric)
+
+
+def optimisers(args, G, D, device):
+    """Adam for G and, as it ran, SGD with momentum for D (None: no D); the GANs have Adam for both. A CUDA graph wants
+    learning rates on the device."""
+    if args.model in GANS:
+        adam = partial(torch.optim.Adam, betas=(0.5, 0.999), eps=1e-8, capturable=args.graph)
+    else:
+        adam = partial(torch.optim.Adam, betas=(0.9, 0.999), eps=1e-7, capturable=args.graph)
+    lr_g = args.lr_g
+    lr_d = args.lr_d
+    if args.graph:
+        lr_g = torch.tensor(lr_g, device=device)
+        lr_d = torch.tensor(lr_d, device=device)
+    opt_g = adam(G.parameters(), lr=lr_g)
+    if D is None:
+        return opt_g, None
+    if args.model in GANS:
+        return opt_g, adam(D.parameters(), lr=lr_d)
+    return opt_g, torch.optim.SGD(D.parameters(), lr_d, momentum=0.9)
+
+
 @torch.no_grad()
-def decay(net, weight_decay):
-    """Every convolution kernel times (1 - weight_decay), before the update is subtracted."""
-    if weight_decay and model.kernels(net):
-        torch._foreach_mul_(model.kernels(net), 1 - weight_decay)  # one launch for all on a GPU
-
-
-def bare(net):
-    """The network inside DistributedDataParallel."""
-    return getattr(net, "module", net)
+def follow(G_ema, G, decay):
+    """Moves the averaged weights a step towards G's."""
+    for average, now in zip(G_ema.state_dict().values(), G.state_dict().values()):
+        if average.is_floating_point():
+            average.lerp_(now, 1 - decay)
+        else:
+            average.copy_(now)
 
 
 @torch.no_grad()
-def evaluate_losses(G, D, folder, rows, image_norm, device, batch=256):
-    """Pixel loss and summed hidden loss (NaN without a learned metric) in eval mode, a mean over the given cells: train_pix, ..."""
-    nets = [net.eval() for net in (G, D) if net is not None]
-    total = torch.zeros(2, dtype=torch.float64)
-    for i in range(0, len(rows), batch):
-        f, x = load_batch(folder, rows[i:i + batch], image_norm, device)
-        x_fake, hidden = model.draw(G, f, x, None), torch.full((), float("nan"))
+def validate(G, D, cells, rows, batch=256):
+    """Mean pixel loss and summed hidden loss of the given cells in eval mode; without a discriminator the latter is 0."""
+    nets = [net for net in (G, D) if net is not None]
+    for net in nets:
+        net.eval()
+    total = np.zeros(2)
+    for part in np.array_split(rows, -(-len(rows) // batch)):
+        x = cells.images(part)
+        x_fake = model.draw(G, cells.features(part), x, None)
+        total[0] += len(part) * model.pixel_loss(x, x_fake).item()
         if D is not None:
-            (_, h), (_, h_fake) = D(x), D(x_fake)
-            hidden = model.hidden_losses(h, h_fake, x[0].numel()).sum()
-        total += torch.stack([model.pixel_loss(x, x_fake).cpu(), hidden.cpu()]).double() * len(f)
+            _, maps = D(x)
+            _, maps_fake = D(x_fake)
+            hidden = model.hidden_losses(maps, maps_fake, x[0].numel())
+            total[1] += len(part) * hidden.sum().item()
     for net in nets:
         net.train()
     return (total / len(rows)).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Batches on the device, and a step as one CUDA graph
 
 
-def load_batch(folder, rows, image_norm, device):
-    """Standardised features (B, F) and images (B, C, H, W) in 0..1 of the given rows, on the device; patches travel as 16-bit integers."""
-    pin = torch.Tensor.pin_memory if torch.device(device).type == "cuda" else (lambda v: v)
-    f = pin(model.standardise(*folder.measurements(rows))).to(device, non_blocking=True)
-    patches = pin(as_int16(folder, rows)).to(device, non_blocking=True)
-    return f, scaled(patches, image_norm, folder.white)
-
-
-def as_int16(folder, rows):
-    """Raw patches (B, C, H, W), their 16 bits as int16: on a GPU few operations take uint16."""
-    return torch.from_numpy(folder.patches[rows].view(np.int16))
-
-
-def scaled(patches, image_norm, white):
-    """Patches of as_int16, on any device -> float32 in 0..1."""
-    return data.scale_images((patches.int() & 0xFFFF).float(), image_norm, white)
-
-
-class Resident:
-    """A folder copied to the device once: patches as 16-bit integers, standardised features; called with row numbers (B,) there."""
+class Batches:
+    """Cells of a prepared folder by row number (B,), on the device: `features` (B, F) standardised, `images` (B, C, S, S) in
+    0..1. Where a GPU has room the whole folder is copied there once, patches as the 16-bit integers that they are."""
 
     def __init__(self, folder, image_norm, device):
-        self.image_norm, self.white = image_norm, torch.tensor(folder.white, device=device)
-        self.patches = torch.empty(folder.patches.shape, dtype=torch.int16, device=device)
-        self.f = torch.empty(folder.raw.shape, device=device)
-        for start in range(0, len(folder), 4096):
-            rows = np.arange(start, min(start + 4096, len(folder)))
-            self.patches[start:start + 4096] = as_int16(folder, rows).to(device)
-            self.f[start:start + 4096] = model.standardise(*folder.measurements(rows)).to(device)
+        self.folder, self.image_norm, self.device = folder, image_norm, device
+        self.on_gpu = False
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            self.on_gpu = folder.patches.nbytes + folder.raw.nbytes < 0.7 * free
+        if self.on_gpu:
+            everything = np.arange(len(folder))
+            self.all_features = self.read_features(everything)
+            self.all_patches = self.read_patches(everything)
 
-    def __call__(self, rows):
-        return self.f[rows], scaled(self.patches[rows], self.image_norm, self.white)
+    def read_features(self, rows):
+        raw = self.folder.measurements(rows)
+        f = model.standardise(raw, self.folder.centre, self.folder.scale)
+        return f.to(self.device)
 
+    def read_patches(self, rows):
+        patches = self.folder.patches[rows].view(np.int16)  # on a GPU few operations take uint16
+        return torch.from_numpy(patches).to(self.device)
 
-class Ahead:
-    """load(step) worked out in threads some steps before it is asked for: reading the memory map overlaps the device's work."""
+    def features(self, rows):
+        if self.on_gpu:
+            return self.all_features[torch.from_numpy(rows).to(self.device)]
+        return self.read_features(rows)
 
-    def __init__(self, load, threads=4):
-        self.load, self.pool, self.coming = load, ThreadPoolExecutor(threads), {}
-
-    def __call__(self, step):
-        for s in range(step, step + 8):
-            if s not in self.coming:
-                self.coming[s] = self.pool.submit(self.load, s)
-        return self.coming.pop(step).result()
+    def images(self, rows):
+        if self.on_gpu:
+            patches = self.all_patches[torch.from_numpy(rows).to(self.device)]
+        else:
+            patches = self.read_patches(rows)
+        intensity = (patches.int() & 0xFFFF).float()  # back to 0..65535
+        return data.scale_images(intensity, self.image_norm, self.folder.white)
 
 
 class Graphed:
-    """A step (a function of tensors of fixed shapes on a GPU) as one CUDA graph: three calls as they are, then recorded and replayed.
-    A replay is one launch for forward, backward and both optimisers, instead of hundreds. What the step returns is overwritten by the next."""
+    """A step (of tensors of fixed shapes on a GPU) as one CUDA graph: three calls as they are, then recorded and replayed.
+    A replay is one launch for forward, backward and both optimisers. What it returns is overwritten by the next."""
 
     def __init__(self, step):
-        self.step, self.calls, self.graph, self.stream = step, 0, None, torch.cuda.Stream()
+        self.step, self.calls, self.graph = step, 0, None
+        self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs):
         self.calls += 1
@@ -276,8 +384,9 @@ class Graphed:
             torch.cuda.current_stream().wait_stream(self.stream)
             return terms
         if self.graph is None:
-            self.inputs, self.graph = [v.clone() for v in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may read ahead meanwhile
+            self.inputs = [v.clone() for v in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
                 self.terms = self.step(*self.inputs)
         for own, value in zip(self.inputs, inputs):
             own.copy_(value)
@@ -285,451 +394,589 @@ class Graphed:
         return self.terms
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def seed_of(*numbers):
+    """One seed of 64 bits from whole numbers of any size: (seed, step, process)."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return int(state[0])
+
+
+# ---------------------------------------------------------------------------------------------------------
 # What a run leaves behind
 
 
+class Run:
+    """The folder of a run: checkpoints, log, pictures. `about`: what a checkpoint says of itself; `parts` {name: what has a
+    state_dict, or None}: networks, optimisers, scaler."""
+
+    def __init__(self, path, about, parts):
+        self.path, self.about, self.parts = Path(path), about, parts
+        self.last = self.path / "last.pt"
+        self.log_path = self.path / "log.csv"
+        self.columns = []
+
+    def check(self, resume):
+        """Refuses to overwrite a run, or to go on with none."""
+        if resume and not self.last.is_file():
+            raise data.InputError(f"{self.path}: nothing to resume (no last.pt); start without --resume")
+        if not resume and self.path.exists() and any(self.path.iterdir()):
+            raise data.InputError(f"{self.path}: there is a run already; go on with it by --resume, or choose "
+                                  "another --run")
+
+    def begin(self, described, step):
+        """Makes the folder, writes args.json, and cuts the log of a resumed run back to `step`, so that no step stands twice."""
+        (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        data.write(self.path / "args.json", json.dumps(described, indent=1) + "\n")
+        if step:
+            rows = [row for row in self.read_log() if int(row["step"]) <= step]
+            self.write_log(rows)
+
+    def save(self, name, step, best, full=True):
+        """A checkpoint: with all that resuming needs, or (full=False) only what drawing does."""
+        state = {**self.about, "step": step, "best": best}
+        for part_name, part in self.parts.items():
+            if full or part_name in ("G", "G_ema", "D"):
+                state[part_name] = None if part is None else part.state_dict()
+        data.write(self.path / name, partial(torch.save, state))
+
+    def restore(self):
+        """Puts last.pt into the parts; returns (step, best). InputError where the run was another one."""
+        state = model.read_checkpoint(self.last)
+        if "opt_g" not in state:
+            raise data.InputError(f"{self.last}: has no optimiser state to resume from; use a run's last.pt")
+        differ = []
+        for name, value in self.about["settings"].items():
+            was = state["settings"].get(name)
+            if was != value:
+                differ.append(f"--{name.replace('_', '-')} {value} (was {was})")
+        if differ:
+            raise data.InputError(f"{self.path}: resumed with other settings: {', '.join(differ)}; give the old ones, "
+                                  "or start another --run")
+        if state["identity"] != self.about["identity"]:
+            raise data.InputError(f"{self.path}: was trained on another prepared folder than --data "
+                                  "(checksums differ)")
+        for name, part in self.parts.items():
+            if isinstance(part, torch.nn.Module):
+                model.load_weights(part, state[name], self.last)
+            elif part is not None:
+                part.load_state_dict(state[name])
+        return state["step"], state["best"]
+
+    def read_log(self):
+        """The whole rows of log.csv, as dictionaries; what a crash cut short or damaged is left out."""
+        if not self.log_path.exists():
+            return []
+        text = self.log_path.read_bytes().decode("utf-8", "replace")
+        whole = text[:text.rfind("\n") + 1]  # a last line without its end may lack digits
+        rows = []
+        for row in csv.DictReader(io.StringIO(whole.replace("\0", ""))):
+            if None not in row and None not in row.values() and row.get("step", "").isdigit():
+                rows.append(row)
+        return rows
+
+    def write_log(self, rows):
+        """log.csv anew, with the columns of all rows."""
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        file = io.StringIO()
+        writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        data.write(self.log_path, file.getvalue())
+
+    def log(self, row):
+        """One more row; terms that are new get their column."""
+        row = {name: f"{value:.7g}" for name, value in row.items()}
+        if set(row) - set(self.columns):
+            self.write_log([*self.read_log(), row])
+            return
+        with open(self.log_path, "a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(row)
+
+    def draw(self, step, *samples):
+        """RUN/samples/step<step>.png (arguments of sample_grid) and RUN/losses.png. A picture that fails costs a line, not the run."""
+        try:
+            grid = sample_grid(*samples)
+            data.write(self.path / f"samples/step{step:06d}.png", partial(grid.save, format="PNG"))
+            plot = loss_plot(self.read_log())
+            data.write(self.path / "losses.png", partial(plot.save, format="PNG"))
+        except Exception as error:  # whatever it is
+            print(f"note   no pictures of step {step}: {error}")
+
+
 @torch.no_grad()
-def save_samples(path, G, folder, rows, image_norm, device, per_line=13):
-    """A PNG of the given cells, each line of real cells with what G draws of them below it (a GAN: free samples); DAPI blue, tubulin
-    green, actin red."""
-    f, x = load_batch(folder, rows, image_norm, device)
-    training, _ = G.training, G.eval()
-    noise = torch.randn(len(rows), getattr(G, "latent", 0), generator=torch.Generator().manual_seed(0)).to(device)  # the same at every step
-    real, fake = data.composite(x), data.composite(model.draw(G, f, x, noise))
+def sample_grid(G, cells, rows, per_line=13):
+    """Lines of real cells, each with what G draws of them below it (a GAN: free samples): DAPI blue, tubulin green, actin red."""
+    x = cells.images(rows)
+    random = torch.Generator().manual_seed(0)  # the same at every step
+    noise = torch.randn(len(rows), getattr(G, "latent", 1), generator=random)
+    training = G.training
+    G.eval()
+    x_fake = model.draw(G, cells.features(rows), x, noise.to(x.device))
     G.train(training)
-    lines = [part for i in range(0, len(rows), per_line) for part in (real[i:i + per_line], fake[i:i + per_line])]
-    data.write(path, lambda p: Image.fromarray(data.tile(lines)).save(p, format="PNG"))
+    real = data.composite(x)
+    fake = data.composite(x_fake)
+    lines = []
+    for i in range(0, len(rows), per_line):
+        lines += [real[i:i + per_line], fake[i:i + per_line]]
+    return Image.fromarray(data.tile(lines))
 
 
-def log_line(step, steps, row, eta):
-    """The fixed-width line of the log, of the terms that the model has; validation losses are added on the steps that have them."""
-    line = f"step {step:6d}/{steps}"
-    if "p_real" in row:
-        line += f" | D {row['loss_d']:.3f} (real {row['p_real']:.2f} fake {row['p_fake']:.2f})"
-    elif "loss_g" in row:
-        line += f" | G {row['loss_g']:7.3f} | D {row['loss_d']:7.3f} (real {row['real']:6.2f} fake {row['fake']:6.2f})"
-    for name, title, form in (("loss_pix", "pix", "7.1f"), ("loss_hidden", "hidden", "9.1f"), ("kl", "KL", "7.1f")):
-        line += f" | {title} {row[name]:{form}}" if name in row else ""
-    line += f" | {row['cells_per_s']:5.0f} cells/s | eta {int(eta) // 3600}:{int(eta) % 3600 // 60:02d}:{int(eta) % 60:02d}"
-    if row["val_pix"] != "":
-        line += f" | eval pix: train {row['train_pix']:.1f} val {row['val_pix']:.1f}"
-    return line
+COLOURS = ("steelblue", "darkorange", "firebrick")
 
 
-def keep_rows(path, step):
-    """Cuts a log back to the rows up to `step`, so that a resumed run writes each step once."""
-    header, *rows = path.read_bytes().splitlines(keepends=True)
-    kept = [row for row in rows if int(row.split(b",")[0]) <= step]
-    data.write(path, lambda p: p.write_bytes(b"".join([header, *kept])))
+def loss_plot(rows, width=900, height=200):
+    """The log as curves over the steps, a panel for terms that share their last word (loss_pix, train_pix, val_pix): a PIL
+    image. The first row, of untrained networks, would set the scale: it is left out once there are others."""
+    panels = {}
+    for name in rows[0]:
+        points = [(float(row["step"]), float(row[name])) for row in rows if row[name]]
+        if len(points) > 3:
+            points = points[1:]
+        if points and name not in ("step", "cells_per_s", "hidden0", "hidden1", "hidden2", "hidden3"):
+            panels.setdefault(name.split("_")[-1], {})[name] = np.array(points)  # (n, 2): step, value
+    picture = Image.new("RGB", (width, height * len(panels)), "white")
+    pen = ImageDraw.Draw(picture)
+    for i, curves in enumerate(panels.values()):
+        draw_panel(pen, curves, 40, i * height + 30, width - 80, height - 60)
+    return picture
 
 
-def load_optimiser(opt, state, device):
-    """An optimiser's state, but for what belongs to this machine: the kind of its learning rate and where Adam counts its steps."""
-    own = [{k: group[k] for k in ("lr", "capturable", "fused") if k in group} for group in opt.param_groups]
-    opt.load_state_dict(state)
-    for group, values in zip(opt.param_groups, own):
-        group.update(values)
-    for entry in opt.state.values():
-        if "step" in entry:
-            entry["step"] = entry["step"].to(device)
+def draw_panel(pen, curves, left, top, width, height):
+    """Curves {name: (n, 2) steps and values} in a frame, each with its colour, the ends of the axes written above."""
+    every = np.concatenate(list(curves.values()))
+    low, high = every.min(0), every.max(0)  # (2,) each: step, value
+    said = f"steps {low[0]:.0f} to {high[0]:.0f}, values {low[1]:.4g} to {high[1]:.4g}"
+    pen.rectangle((left, top, left + width, top + height), outline="lightgrey")
+    pen.text((left + 420, top - 20), said, "black")
+    for k, (name, points) in enumerate(curves.items()):
+        share = (points - low) / np.maximum(high - low, 1e-12)  # (n, 2) in 0..1
+        line = share * (width, -height) + (left, top + height)
+        pen.line(line.ravel().tolist(), COLOURS[k % 3], 2)
+        pen.text((left + 140 * k, top - 20), name, COLOURS[k % 3])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+TITLES = {"loss_d": "D", "loss_g": "G", "p_real": "real", "p_fake": "fake", "loss_pix": "pix", "loss_hidden": "hidden"}
+
+
+def log_line(step, steps, terms, cells_per_s, eta, checks):
+    """The line of the log: every term but the single hidden maps; validation losses on the steps that have them."""
+    parts = [f"step {step:6d}/{steps}"]
+    for name, value in terms.items():
+        if name not in ("hidden0", "hidden1", "hidden2", "hidden3"):
+            parts.append(f"{TITLES.get(name, name)} {value:7.4g}")
+    parts.append(f"{cells_per_s:5.0f} cells/s")
+    parts.append(f"eta {datetime.timedelta(seconds=int(eta))}")
+    if checks:
+        parts.append(f"eval pix: train {checks['train_pix']:.1f} val {checks['val_pix']:.1f}")
+    return " | ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# How fast it is here
+
+
+def clock(device, call):
+    """Milliseconds that a call takes on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+def race(title, fast, plain, device, n, cells):
+    """Times two calls on as many cells n times in turn, so that a busy machine slows both alike; prints one line of medians."""
+    times = {fast: [], plain: []}
+    for _ in range(n + 3):
+        for call, found in times.items():
+            found.append(clock(device, call))
+    ms = [statistics.median(found[3:]) for found in times.values()]  # the first three warm up
+    rate = 1000 * cells / ms[0]
+    ratio = ms[1] / ms[0]
+    print(f"bench  {title}: fast {ms[0]:.2f} ms ({rate:.0f} cells/s), plain {ms[1]:.2f} ms, {ratio:.2f} times as fast", flush=True)
+
+
+def bench(args, G, D, f, x, x_real, device, amp):
+    """Prints how long a step (all hidden maps act) and drawing take: fast layers as the flags say, against plain ones in fp32."""
+    weights = torch.ones(model.HIDDEN_MAPS)
+    fast_G = faster(copy.deepcopy(G), f)
+    fast_D = faster(copy.deepcopy(D), x)
+    steps = []
+    for nets, precision in (((fast_G, fast_D), amp), ((G, D), None)):
+        opts = optimisers(args, *nets, device)
+        step = partial(method(args), *nets, *opts, weight_decay=args.weight_decay, amp=precision)
+        if args.graph:
+            step = Graphed(step)
+            weights = weights.to(device)
+        steps.append(partial(step, f, x, x_real, weights))
+    race(f"step, amp {args.amp}", *steps, device, args.bench, len(x))
+    if device.type == "cuda":
+        print(f"bench  at most {torch.cuda.max_memory_allocated(device) / 2 ** 30:.2f} GiB on the device")
+    if G.takes == "features":
+        for n in (1, len(f)):
+            draw_fast = partial(picture_of, fast_G.eval(), f[:n].cpu(), device)
+            draw_plain = partial(picture_of, G.eval(), f[:n].cpu(), device)
+            race(f"drawing {n}", draw_fast, draw_plain, device, 10 * args.bench, n)
+
+
+@torch.no_grad()
+def picture_of(G, f, device):
+    return model.to_uint8(G(f.to(device))).cpu()
+
+
+def faster(net, example):
+    """model.faster with the inputs that its check needs; a network without faster layers as it is."""
+    if isinstance(net, model.VAE):
+        net.decoder = model.faster(net.decoder, torch.randn(2, net.latent))
+        return net
+    if isinstance(net, model.Generator):
+        return model.faster(net, example[:2].cpu())
+    if isinstance(net, model.Discriminator):
+        return model.faster(net, example[:4].cpu())
+    return net
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The command
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
+    on_off = ["on", "off"]
     add("--data", required=True, metavar="DIR", help="prepared folder (prepare_bbbc021.py --out)")
-    add("--run", metavar="DIR", help="where the run is written (default runs/<model>-seed<seed>); an existing one only with --resume")
-    add("--resume", action="store_true", help="go on from RUN/last.pt, bit for bit as if never interrupted (CPU)")
+    add("--run", metavar="DIR", help="where the run is written (default runs/<model>-seed<seed>)")
+    add("--resume", action="store_true", help="go on from RUN/last.pt, on a CPU bit for bit")
     add("--model", default="cp2image", choices=model.KINDS,
-        help="CP2Image (default), or a baseline of its Table 1 (VAE, VAEplus) or CytoGAN's; each brings its authors' settings")
-    add("--steps", type=int, help="training steps (default 680000, the released configuration; baselines 80000)")
-    add("--batch", type=int, help="cells a step and process (default 0: one per treatment, as the paper, 104 on BBBC021; GANs 64)")
-    add("--lr-g", type=float, help="generator's learning rate, Adam (default 0.01, as the released code ran; LSGAN, WGAN 2e-4, DCGAN 1e-5)")
-    add("--lr-d", type=float, help="discriminator's, SGD with momentum 0.9 (default 0.001, as it ran), of GANs Adam (7e-5, DCGAN 5e-5)")
-    add("--lr-decay", type=float, help="both learning rates times this every 100 steps (default 1; GANs 0.9999)")
+        help="CP2Image (default), or a baseline, each with its authors' settings")
+    add("--steps", type=int, help="training steps (default 680000, as released; baselines 80000)")
+    add("--batch", type=int, help="cells a step and process (default 0: one per treatment; GANs 64)")
+    add("--lr-g", type=float, help="generator's learning rate, Adam (default 0.01, as it ran; GANs 2e-4)")
+    add("--lr-d", type=float, help="discriminator's, SGD (default 0.001, as it ran; GANs Adam, 7e-5)")
+    add("--lr-decay", type=float, help="both rates times this every 100 steps (default 1; GANs 0.9999)")
     add("--pixel-weight", type=float, default=1.0, help="weight of the pixel loss (default 1)")
-    add("--hidden-weight", type=float, default=1.0, help="weight of the learned metric (default 1; 0 is pixels only)")
-    add("--hidden-ramp", type=int, default=2500, help="steps over which each hidden map fades in, one after the other (default 2500)")
+    add("--hidden-weight", type=float, default=1.0, help="weight of the learned metric (default 1; 0: none)")
+    add("--hidden-ramp", type=int, default=2500,
+        help="steps over which each hidden map fades in, one after the other (default 2500)")
     add("--weight-decay", type=float, help="share of each kernel taken off a step (default 1e-4; GANs 0)")
     add("--latent", type=int, default=256, help="VAE, VAEplus: size of the latent space (default 256)")
     add("--beta", type=float, default=2.0, help="VAE, VAEplus: weight of the KL divergence (default 2)")
-    add("--label-low", type=float, default=0.8, help="LSGAN, DCGAN: real labels are drawn from this to 1 (default 0.8; 1 is no smoothing)")
-    add("--mix", choices=["pixel", "image"], default="pixel", help="WGAN's gradient penalty: mixed by pixel (code) or by image (text)")
-    add("--spectral-norm", choices=["on", "off"], help="of the discriminator's kernels (default on; VAEplus off, GANs have none)")
-    add("--d-batch-norm", choices=["on", "off"], default="on", help="in the discriminator; off shows what spectral norm does (default on)")
-    add("--order", choices=["shared", "alternate"], default="shared", help="one pass for both updates (released), or G then D (text)")
-    add("--image-norm", choices=["cell-max", "percentile"], default="cell-max", help="by each cell's maximum (paper) or one fixed level")
-    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default off; fp16 needs CUDA)")
-    add("--ema", type=float, default=0.0, metavar="DECAY", help="keep averaged weights of G too, e.g. 0.999 (default 0: none)")
-    add("--device", default="auto", help="cuda, cuda:1, cpu (default: cuda where there is one)")
-    add("--resident", choices=["auto", "on", "off"], default="auto", help="the whole folder on the GPU (default auto: where it fits)")
-    add("--graph", choices=["auto", "on", "off"], default="auto", help="a step as one CUDA graph (default auto: on a single GPU, not fp16)")
-    add("--compile", action="store_true", help="torch.compile both networks (WGAN: the generator)")
-    add("--seed", type=int, default=0, help="of the weights, the batches and the cells that are shown and validated (default 0)")
+    add("--label-low", type=float, default=0.8, help="LSGAN, DCGAN: real labels from this to 1 (default 0.8)")
+    add("--mix", choices=["pixel", "image"], default="pixel",
+        help="WGAN's gradient penalty: mixed by pixel (code, default) or by image (text)")
+    add("--spectral-norm", choices=on_off, help="of D's kernels (default on; VAEplus off, GANs have none)")
+    add("--d-batch-norm", choices=on_off, default="on", help="in D; off shows what spectral norm does")
+    add("--order", choices=["shared", "alternate"], default="shared",
+        help="one pass for both updates (released, default), or G, then D (text)")
+    add("--image-norm", choices=["cell-max", "percentile"], default="cell-max",
+        help="images by each cell's maximum (paper, default), or by one fixed level")
+    add("--layers", choices=["fast", "plain"], help="one function, two forms (default fast on a CPU)")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default off; fp16: CUDA)")
+    add("--graph", action="store_true", help="a step as one CUDA graph, on one GPU; never run on one yet")
+    add("--ema", type=float, default=0.0, metavar="DECAY", help="also keep averaged weights of G, e.g. 0.999")
+    add("--device", default="auto", help="cuda, cuda:1, cpu, mps (default: cuda where there is one)")
+    add("--seed", type=data.seed, default=0, help="of weights, batches and the cells shown (default 0)")
     add("--log-every", type=int, default=50, help="steps between log lines (default 50)")
-    add("--sample-every", type=int, default=2500, help="steps between sample pictures (default 2500; always at the end)")
-    add("--val-every", type=int, default=500, help="steps between validations (default 500; always at the end)")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints (default 1000; always at the end)")
-    add("--bench", type=int, default=0, metavar="N", help="time N steps after 5 for warming up, beside plain eager layers; write nothing")
+    add("--sample-every", type=int, default=2500, help="steps between sample pictures (default 2500)")
+    add("--val-every", type=int, default=500, help="steps between validations (default 500)")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints (default 1000)")
+    add("--bench", type=int, default=0, metavar="N", help="time N steps, fast and plain; write nothing")
     args = parser.parse_args(argv)
-    for name, value in DEFAULTS.get(args.model, DEFAULTS["cp2image"]).items():  # a student's own model: CP2Image's way
+    for name, value in DEFAULTS.get(args.model, CP2IMAGE).items():  # a student's own model: CP2Image's way
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("steps", "log_every", "sample_every", "val_every", "save_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 1 or more")
-    for name in ("batch", "lr_g", "lr_d", "lr_decay", "pixel_weight", "hidden_weight", "hidden_ramp", "weight_decay", "beta", "ema", "bench", "seed"):
-        if not 0 <= getattr(args, name) < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more")
-    if args.ema >= 1 or args.weight_decay >= 1 or not 0 <= args.label_low <= 1 or args.latent < 1:
-        parser.error("--ema and --weight-decay are shares, expected below 1, --label-low from 0 to 1, --latent 1 or more")
+    least = dict.fromkeys("steps log_every sample_every val_every save_every latent".split(), 1)
+    at_least_0 = "batch lr_g lr_d lr_decay pixel_weight hidden_weight hidden_ramp weight_decay beta ema bench"
+    least |= dict.fromkeys(at_least_0.split(), 0)
+    for name, low in least.items():
+        value = getattr(args, name)
+        if not low <= value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected {low} or more")
+    if args.ema >= 1 or args.weight_decay >= 1 or not 0 <= args.label_low <= 1:
+        parser.error("--ema and --weight-decay are shares, expected below 1, --label-low from 0 to 1")
     if args.batch in (1, 2, 3):
         parser.error(f"--batch is {args.batch}: batch norm needs at least 4 cells")
     return args
 
 
-def plain_layers():
-    """The layers as the released code has them, in place of model.py's rewrites, for --bench and the tests: a context manager."""
-    def batch_norm(bn, x, follow=None, pool=False, n=None):
-        if follow is not None:
-            return batch_norm(bn, torch.cat([x, follow]), None, pool, len(x)).tensor_split([len(x)])
-        weight, bias = bn.weight[:, None, None], bn.bias[:, None, None]
-        if not bn.moments:
-            y = x * weight + bias
-        elif bn.training:
-            var, mean = torch.var_mean(x[:n], (0, 2, 3), correction=0)
-            y = (x - mean[:, None, None]) / (var[:, None, None] + model.EPS).sqrt() * weight + bias
-            with torch.no_grad():
-                bn.running_mean.lerp_(mean, model.MOMENTUM), bn.running_var.lerp_(var, model.MOMENTUM)
-        else:
-            y = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, model.EPS)
-        return F.max_pool2d(y, 2) if pool else y
-
-    def forward(D, x, follow=None):  # one pass over all images, the moments from x
-        n, h = sum(map(len, x)) if isinstance(x, tuple) else len(x), []
-        x = torch.cat([*(x if isinstance(x, tuple) else (x,)), *(() if follow is None else (follow,))])
-        for i in range(5):
-            y = batch_norm(getattr(D, f"bn{i}"), F.conv2d(x, getattr(D, f"conv{i}").weight), pool=i < 3, n=n)
-            x = y if i == 4 else model.leaky(y)
-            h.append(x)
-        logit, *h = h.pop().flatten(), *h
-        return (logit, h) if follow is None else ((logit[:n], [m[:n] for m in h]), (logit[n:], [m[n:] for m in h]))
-
-    replaced = {(model, "spread_vector"): lambda f, weight: F.conv2d(f[:, :, None, None], weight, padding=4),
-                (model, "double_and_convolve"): lambda h, weight, pad=4: F.conv2d(F.interpolate(h, scale_factor=2), weight, padding=pad),
-                (model, "interleave"): lambda y: y, (model, "channels_last"): lambda x: x, (model.BatchNorm, "upright"): lambda bn, kernel: kernel,
-                (model.BatchNorm, "forward"): batch_norm, (model.Discriminator, "forward"): forward}
-    stack = contextlib.ExitStack()
-    for (owner, name), function in replaced.items():
-        stack.callback(setattr, owner, name, getattr(owner, name))
-        setattr(owner, name, function)
-    return stack
+def start_processes(args):
+    """(rank, world, device) of this process. torchrun sets WORLD_SIZE and starts as many, each with its own GPU."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        device = data.pick_device(args.device)
+        if device.type != "cuda" and (args.amp == "fp16" or args.graph):
+            raise data.InputError("--amp fp16 and --graph need CUDA; use bf16 or off here")
+        return 0, 1, device
+    if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+        raise data.InputError(f"WORLD_SIZE={world} is set, but not by torchrun (no RANK or MASTER_ADDR): "
+                              "start with torchrun, or unset it")
+    if args.bench or args.graph:
+        raise data.InputError("--bench and --graph are for one process")
+    backend = "gloo"
+    device = "cpu"
+    if args.device != "cpu" and torch.cuda.is_available():
+        backend = "nccl"
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(backend)
+    return int(os.environ["RANK"]), world, data.pick_device(device)
 
 
-def clock(device, call, *arguments):
-    """Milliseconds that a call takes on the device, and its result."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    wait()
-    start = time.perf_counter()
-    result = call(*arguments)
-    wait()
-    return 1000 * (time.perf_counter() - start), result
+def choose_sampler(args, folder):
+    """One training cell of each treatment a batch (CP2Image, VAEs), or cells as they come (GANs)."""
+    train_rows = folder.rows("train")
+    treatment = folder.treatment
+    if args.model in GANS:
+        treatment = np.zeros_like(treatment)
+    sampler = data.TreatmentSampler(train_rows, treatment, args.batch)
+    if sampler.batch < 8 and not args.batch:  # a few treatments make a batch that batch norm cannot use
+        sampler.batch = min(32, len(train_rows))
+    elif sampler.batch < 4:
+        raise data.InputError(f"{args.data}: a batch of {sampler.batch}, batch norm needs at least 4 cells")
+    return sampler
 
 
-def bench(n, batch_of, steppers, opts, cells, device, first=0):
-    """Prints ms a step, cells/s, peak memory and the share of batch, updates and the rest, for each of `steppers` {name: (context, step)}.
-    n steps of each in turn, from step `first`, so that a busy machine slows all alike. It waits for the device after every part, so
-    training, where reading overlaps, is no slower. The share of updates is that of eager ones, so it is left out for a graph."""
-    times, peaks, batches = {name: [] for name in steppers}, dict.fromkeys(steppers, 0), itertools.count()
-    for i in range(n + 5):
-        for name, (context, step) in steppers.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            with context():
-                loading, batch = clock(device, batch_of, next(batches))
-                stepping, _ = clock(device, step, first + i, batch)
-                used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-                updating, _ = clock(device, lambda: [opt.step() for opt in opts])  # once more, alone
-            times[name].append((loading + stepping, loading, updating))
-            peaks[name] = max(peaks[name], used)
-    base = None
-    for name, rows in times.items():
-        total, loading, updating = (statistics.median(column) for column in zip(*rows[5:]))
-        base = base or total
-        parts = f"batch {loading / total:.0%}"
-        if "graph" not in name:
-            parts += f", updates {updating / total:.0%}, forward and backward {1 - (loading + updating) / total:.0%}"
-        memory = f"; at most {peaks[name] / 2 ** 30:.2f} GiB on the device" if peaks[name] else ""
-        print(f"bench  {name}: {total:.2f} ms a step (median of {n}), {1000 * cells / total:.0f} cells/s, {total / base:.2f} times the "
-              f"first; {parts}{memory}")
-    print(f"bench  peak memory of the process, all together {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
+def choose_cells(folder, seed):
+    """Rows of the validation cells that are shown (26), and of those of each split that losses are worked out for."""
+    random = np.random.default_rng([seed, 7])
+    shown = random.permutation(folder.rows("val"))[:26]
+    checked = {}
+    for split in ("train", "val"):
+        some = random.permutation(folder.rows(split))[:VALIDATED]
+        checked[split] = np.sort(some)
+    return np.sort(shown), checked
 
 
-@torch.no_grad()
-def bench_drawing(n, G, n_features, device):
-    """Prints how long G takes from standardised measurements to uint8 pictures in the host's memory, one cell and in batches."""
-    nets = (model.Folded(G), contextlib.nullcontext), (copy.deepcopy(G).eval(), plain_layers)
-    for cells in (1, 32 if device.type == "cpu" else 1024):
-        f, times = torch.randn(cells, n_features), ([], [])
-        for _ in range(n + 1):
-            for (net, context), found in zip(nets, times):
-                with context():  # ten in a row: as in use, with its own kernels in the cache
-                    found += [clock(device, lambda: model.to_uint8(net(f.to(device))).cpu())[0] for _ in range(10)]
-        own, other = (statistics.median(found[10:]) for found in times)
-        print(f"bench  drawing {cells}: {own:.2f} ms, {1000 * cells / own:.0f} pictures/s; plain layers {other:.2f} ms, {other / own:.2f} times")
+def announce(args, folder, sampler, G, D, device, world):
+    """Says what is trained on what, in lines for a log file."""
+    print(f"data   {args.data}: {len(folder)} cells {folder.meta['counts']['split']}, {len(folder.features)} features, "
+          f"normalise {folder.normalise}, images {args.image_norm}")
+    print(f"model  {args.model}: generator {model.count_parameters(G):,} parameters")
+    if D is not None:
+        print(f"model  discriminator {model.count_parameters(D):,}")
+    if args.model == "cp2image":
+        total = sum(model.PAPER_PARAMETERS.values())
+        idle = model.PAPER_PARAMETERS["unused encoder"] + model.PAPER_PARAMETERS["unused output heads"]
+        print(f"model  the paper counts {total:,} at 453 features, of which {idle:,} are never trained")
+    print(f"step   batch {sampler.batch} of {len(sampler.count)} treatments, processes {world}, seed {args.seed}, {device}, "
+          f"layers {args.layers}, amp {args.amp}, torch {torch.__version__}")
+    if isinstance(D, model.Discriminator) and args.hidden_weight and args.steps <= args.hidden_ramp:
+        print(f"note   the learned metric fades in after step {args.hidden_ramp}: these {args.steps} steps train on "
+              "pixels only, as with --hidden-weight 0 (a smaller --hidden-ramp changes that)")
+    sys.stdout.flush()
+
+
+# Flags that a resumed run may change
+MAY_DIFFER = "steps run resume data device layers bench log_every sample_every val_every save_every".split()
+
+
+def describe(args, folder, world, command):
+    """What a checkpoint says of itself, beside its weights; `settings`: the flags that a resumed run must share."""
+    settings = {}
+    for name, value in vars(args).items():
+        if name not in MAY_DIFFER:
+            settings[name] = value
+    return {
+        "format": model.FORMAT,
+        "model": args.model,
+        "features": folder.features,
+        "channels": folder.channels,
+        "size": folder.size,
+        "centre": folder.centre,
+        "scale": folder.scale,
+        "normalise": folder.normalise,
+        "image_norm": args.image_norm,
+        "white": folder.white if args.image_norm == "percentile" else None,
+        "settings": settings | {"processes": world},
+        "identity": folder.identity,
+        "command": command,
+    }
 
 
 def main(argv=None):
     args = parse(argv)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's own switch for large pages on a CPU, read at the first tensor
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-    local = args.device if world == 1 or args.device == "cpu" or not torch.cuda.is_available() else f"cuda:{os.environ['LOCAL_RANK']}"
-    device = data.pick_device(local)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages on a CPU, read at the first tensor
+    rank, world, device = start_processes(args)
     if device.type == "cpu":
         data.keep_freed_memory()
-    else:
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = print if rank == 0 else (lambda *_, **__: None)
+    if args.layers is None:
+        args.layers = "fast" if device.type == "cpu" else "plain"
     amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-    if args.amp == "fp16" and device.type != "cuda":
-        raise data.InputError("--amp fp16 needs CUDA; use bf16 or off here")
-    graph = device.type == "cuda" and world == 1 and args.amp != "fp16" and args.graph != "off"
-    if args.graph == "on" and not graph:
-        raise data.InputError("--graph on needs one CUDA device and no fp16; leave it at auto")
 
     # The data
     folder = data.open_folder(args.data)
-    train_rows, val_rows = folder.rows("train"), folder.rows("val")
-    is_gan = args.model in ("lsgan", "dcgan", "wgan")  # draws cells as they come, the others one of each treatment
-    sampler = data.TreatmentSampler(train_rows, np.zeros_like(folder.treatment) if is_gan else folder.treatment, args.batch)
-    if sampler.batch < 8 and not args.batch:  # a laboratory's few treatments would make a batch that batch norm cannot use
-        sampler.batch = min(32, len(train_rows))
-    elif sampler.batch < 4:
-        raise data.InputError(f"{args.data}: a batch of {sampler.batch}, batch norm needs at least 4 cells")
-    pick = torch.Generator().manual_seed(args.seed)
-    shown = val_rows[torch.randperm(len(val_rows), generator=pick)[:26].sort().values.numpy()]
-    checked = [rows[torch.randperm(len(rows), generator=pick)[:VALIDATED].sort().values.numpy()] for rows in (train_rows, val_rows)]
+    sampler = choose_sampler(args, folder)
+    cells = Batches(folder, args.image_norm, device)
+    shown, checked = choose_cells(folder, args.seed)
 
     # The networks and their optimisers
-    torch.manual_seed(args.seed)
-    G, D = model.networks(args.model, len(folder.features), len(folder.channels), args.spectral_norm == "on", args.d_batch_norm == "on",
-                          args.latent)
-    G, D = G.to(device), None if D is None else D.to(device)
-    G_ema = copy.deepcopy(G) if args.ema else None
-    rate = lambda lr: torch.tensor(lr, device=device) if graph else lr  # a graph reads it anew each time
-    fused = device.type == "cuda"  # one kernel for all parameters; SGD's leaves its momentum unset where fp16 overflows at first
-    adam = partial(torch.optim.Adam, betas=(0.5 if is_gan else 0.9, 0.999), eps=1e-8 if is_gan else 1e-7, capturable=graph, fused=fused)
-    opt_g, opt_d = adam(G.parameters(), lr=rate(args.lr_g)), None
-    if D is not None:
-        opt_d = adam(D.parameters(), lr=rate(args.lr_d)) if is_gan else torch.optim.SGD(D.parameters(), rate(args.lr_d), 0.9, fused=fused and graph)
-    opts = [(opt, lr) for opt, lr in ((opt_g, args.lr_g), (opt_d, args.lr_d)) if opt]
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    if args.compile:
-        torch._functorch.config.donated_buffer = False  # two gradients come from one forward pass
-        G.compile(), D is None or args.model == "wgan" or D.compile()  # the gradient penalty needs a second derivative
-    wrapped = [net if world == 1 or net is None else torch.nn.parallel.DistributedDataParallel(net) for net in (G, D)]
-
-    # Where batches come from
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    resident = args.resident == "on" or args.resident == "auto" and folder.patches.nbytes + 4 * folder.raw.size < 0.7 * free
-    if resident and device.type != "cuda":
-        raise data.InputError("--resident on needs a CUDA device; leave it at auto")
-    draw = lambda step: np.concatenate([sampler.draw(args.seed, step, 2 * rank + stream) for stream in (0, 1)])
-    if resident:
-        gather = Resident(folder, args.image_norm, device)
-        read = lambda step: (torch.from_numpy(draw(step)).pin_memory().to(device, non_blocking=True),)
-    else:
-        gather, read = (lambda f, x: (f, x)), lambda step: load_batch(folder, draw(step), args.image_norm, device)
-        read = Ahead(read) if device.type == "cuda" else read
-
-    say(f"data   {args.data}: {len(folder)} cells, {len(train_rows)} train, {len(val_rows)} val, {len(folder.features)} features, "
-        f"{len(sampler.count)} treatments in training, normalise {folder.normalise}, images {args.image_norm}")
-    said = f" + discriminator {model.count_parameters(D):,}" if D else ""
-    if args.model == "cp2image":
-        idle = model.PAPER_PARAMETERS["unused encoder"] + model.PAPER_PARAMETERS["unused output heads"]
-        said += (f" parameters trained (the paper counts {sum(model.PAPER_PARAMETERS.values()):,} at 453 features, of which {idle:,} are never "
-                 "trained)")
-    say(f"model  {args.model}: generator {model.count_parameters(G):,}{said}")
-    order = f"order {args.order} | hidden weight {args.hidden_weight:g} ramp {args.hidden_ramp} | " if isinstance(D, model.Discriminator) else ""
-    say(f"step   batch {sampler.batch}{f' on each of {world} processes' if world > 1 else ''} | lr G {args.lr_g:g} D {args.lr_d:g} | {order}"
-        f"seed {args.seed} | {device} ({torch.get_num_threads()} CPU threads) | amp {args.amp} | data "
-        f"{'on the device' if resident else 'read as needed'} | {'CUDA graph' if graph else 'eager'} | torch {torch.__version__}", flush=True)
-
-    shared = {"weight_decay": args.weight_decay, "scaler": scaler}
-    metric = {"ramp": args.hidden_ramp, "pixel_weight": args.pixel_weight, "hidden_weight": args.hidden_weight}
-    method = {"cp2image": partial(cp2image_step, order=args.order, **metric), "vae": partial(vae_step, beta=args.beta, **metric)}
-    method["vaeplus"] = method["vae"]
-    method |= {kind: partial(gan_step, kind=kind, label_low=args.label_low, mix=args.mix) for kind in ("lsgan", "dcgan", "wgan")}
-
-    def body(done, *batch, amp=amp):
-        f, x = gather(*batch)
-        b = len(f) // 2
-        terms = method.get(args.model, method["cp2image"])(*wrapped, opt_g, opt_d, f[:b], x[:b], x[b:], done, amp=amp, **shared)
-        if G_ema is not None:
-            with torch.no_grad():
-                for average, now in zip(G_ema.state_dict().values(), G.state_dict().values()):
-                    average.lerp_(now, 1 - args.ema) if average.is_floating_point() else average.copy_(now)
-        return terms
-
-    fast, count = Graphed(body) if graph else body, torch.zeros((), dtype=torch.int64, device=device)
-
-    def one_step(step, batch=None, body=fast):
-        if G.takes != "features":
-            torch.manual_seed((args.seed * 100_003 + step) * 1024 + rank)  # noise, too, is a function of (seed, step, rank)
-        for opt, lr in opts:
-            for group in opt.param_groups:
-                lr_now = lr * args.lr_decay ** (step // 100)
-                group["lr"] = group["lr"].fill_(lr_now) if graph else lr_now
-        return body(count.fill_(step) if graph else step, *(batch or read(step)))
-
+    shape = len(folder.features), len(folder.channels), folder.size
+    norms = args.spectral_norm == "on", args.d_batch_norm == "on"
+    G, D = model.networks(args.model, *shape, *norms, args.latent, args.seed)
+    G = G.to(device)
+    D = None if D is None else D.to(device)
     if args.bench:
-        if world > 1:
-            raise data.InputError("--bench times one process; of several, the log has the cells/s of all")
-        compiled = ", compiled" if args.compile else ""
-        ways = {f"these flags{', as a graph' if graph else ''}{compiled}": (contextlib.nullcontext, one_step)}
-        if graph:
-            ways[f"the same, eager{compiled}"] = (contextlib.nullcontext, partial(one_step, body=body))
-        if not args.compile:
-            ways["plain eager layers in fp32"] = (plain_layers, partial(one_step, body=partial(body, amp=None)))
-        bench(args.bench, read, ways, [opt for opt, _ in opts], sampler.batch, device, (model.HIDDEN_MAPS + 1) * args.hidden_ramp)  # all maps act
-        if args.model == "cp2image":
-            bench_drawing(args.bench, G, len(folder.features), device)
+        rows = sampler.draw(args.seed, 0, 0)
+        f, x = cells.features(rows), cells.images(rows)
+        bench(args, G, D, f, x, x.flip(0), device, amp)
         return
+    if args.layers == "fast":
+        G = faster(G, cells.features(shown))
+        D = faster(D, cells.images(shown))
+    G_ema = copy.deepcopy(G) if args.ema else None
+    shown_G = G_ema if args.ema else G
+    opt_g, opt_d = optimisers(args, G, D, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    numeric = {"weight_decay": args.weight_decay, "amp": amp, "scaler": scaler}
+    train_step = partial(method(args), G, D, opt_g, opt_d, **numeric)
+    if args.graph:
+        train_step = Graphed(train_step)
+    if rank == 0:
+        announce(args, folder, sampler, G, D, device, world)
 
     # The run's folder
-    run = Path(args.run or f"runs/{args.model}-seed{args.seed}")
-    last, log_path = run / "last.pt", run / "log.csv"
-    if args.resume and not last.is_file():
-        raise data.InputError(f"{run}: nothing to resume (no last.pt); start without --resume")
-    if not args.resume and run.exists() and any(run.iterdir()):
-        raise data.InputError(f"{run}: there is a run already; go on with it by --resume, or choose another --run")
-    if world > 1:
-        dist.barrier()  # all have looked before one writes
-    settings = {k: v for k, v in vars(args).items() if k not in RESUMABLE} | {"processes": world}
-    columns = ["step", *TERMS.get(args.model, TERMS["cp2image"]), "cells_per_s", *VALIDATION]
+    command = "python train.py " + shlex.join(argv or sys.argv[1:])
+    about = describe(args, folder, world, command)
+    parts = {"G": G, "G_ema": G_ema, "D": D, "opt_g": opt_g, "opt_d": opt_d, "scaler": scaler}
+    run = Run(args.run or f"runs/{args.model}-seed{args.seed}", about, parts)
+    run.check(args.resume)
     step, best = 0, float("inf")
     if args.resume:
-        state = model.read_checkpoint(last, device)
-        if "opt_g" not in state:
-            raise data.InputError(f"{last}: has no optimiser state to resume from; use a run's last.pt")
-        old = state["settings"]
-        differ = [f"--{k.replace('_', '-')} {v} (was {old.get(k)})" for k, v in settings.items() if old.get(k) != v]
-        if differ:
-            raise data.InputError(f"{run}: resumed with other settings: {', '.join(differ)}; give the old ones, or start another --run")
-        if state["identity"] != folder.identity:
-            raise data.InputError(f"{run}: was trained on another prepared folder than {args.data} (checksums differ)")
-        for net, saved in ((G, "G"), (D, "D"), (G_ema, "G_ema")):
-            if net is not None:
-                net.load_state_dict(state[saved])
-        for opt, saved in ((opt_g, "opt_g"), (opt_d, "opt_d")):
-            if opt is not None:
-                load_optimiser(opt, state[saved], device)
-        scaler.load_state_dict(state["scaler"])
-        step, best = state["step"], state["best"]
-        say(f"resume {last} at step {step}", flush=True)
-        if step >= args.steps:
-            say(f"done   {run} has its {args.steps} steps; give a larger --steps to go on")
-            return
-    command = "python train.py " + shlex.join(sys.argv[1:] if argv is None else list(argv))
+        step, best = run.restore()
+    if step >= args.steps:
+        print(f"done   {run.path} has its {args.steps} steps; give a larger --steps to go on")
+        return
+    if world > 1:
+        dist.barrier()  # all have looked before one writes
     if rank == 0:
-        (run / "samples").mkdir(parents=True, exist_ok=True)
-        described = {**vars(args), "run": str(run), "command": command, "torch": torch.__version__, "processes": world}
-        (run / "args.json").write_text(json.dumps(described, indent=1) + "\n")
-        if args.resume:
-            keep_rows(log_path, step)
+        run.begin({**vars(args), "command": command, "torch": torch.__version__, "processes": world}, step)
 
-    def state_of(full):
-        """What a checkpoint holds; `full`: with all that resuming needs."""
-        state = {"format": model.FORMAT, "model": args.model, "step": step, "best": best, "features": folder.features,
-                 "channels": folder.channels, "centre": folder.centre, "scale": folder.scale, "normalise": folder.normalise,
-                 "image_norm": args.image_norm, "white": folder.white if args.image_norm == "percentile" else None, "G": G.state_dict(),
-                 "G_ema": None if G_ema is None else G_ema.state_dict(), "D": None if D is None else D.state_dict(), "settings": settings,
-                 "identity": folder.identity, "command": command}
-        optimisers = {"opt_g": opt_g.state_dict(), "opt_d": opt_d and opt_d.state_dict(), "scaler": scaler.state_dict()}
-        return {**state, **optimisers} if full else state
-
-    # Ctrl-C and SIGTERM: finish the step, save, leave
-    caught = []
-    old_handlers = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def stop():  # several processes agree on it every 10 steps, or one would wait for the others for ever
-        if world == 1:
-            return bool(caught)
-        if step % 10:
-            return False
-        flag = torch.tensor(float(bool(caught)), device=device)
-        dist.all_reduce(flag)
-        if flag.item() > 0 and not caught:
-            caught.append(signal.SIGTERM)
-        return flag.item() > 0
-
-    log = open(log_path if rank == 0 else os.devnull, "a", newline="")
-    writer = csv.DictWriter(log, columns)
-    if log.tell() == 0:
-        writer.writeheader()
-    best_G = G_ema if G_ema is not None else G
-    first_bad = torch.full((), -1, device=device)  # the first step with a non-finite term, kept on the device: no waiting for it every step
-    since, saved, clock, started, first_step = step, step, time.perf_counter(), time.perf_counter(), step
+    # The loop
+    caught, restore_signals = catch_signals()
+    first_bad = torch.full((), -1, device=device)  # first step with a non-finite term; there: no waiting for it
+    since = saved = first_step = step
+    started = tick = time.perf_counter()
     try:
-        while step < args.steps and not stop():
-            terms = one_step(step)
+        while step < args.steps and not agreed(caught, world, device, step):
+            torch.manual_seed(seed_of(args.seed, step, rank))  # noise, too, is a function of (seed, step, process)
+            set_rates(args, step, opt_g, opt_d)
+            rows = sampler.draw(args.seed, step, 2 * rank)
+            others = sampler.draw(args.seed, step, 2 * rank + 1)
+            weights = hidden_weights(step, args.hidden_ramp)
+            if args.graph:
+                weights = weights.to(device)
+            f, x, x_real = cells.features(rows), cells.images(rows), cells.images(others)
+            terms = train_step(f, x, x_real, weights)
+            if args.ema:
+                follow(G_ema, G, args.ema)
             step += 1
-            first_bad = torch.where((first_bad < 0) & ~terms.isfinite().all(), step, first_bad)
-            do_log, do_val, do_save, do_sample = (step == args.steps or step % every == 0 for every in
-                                                  (args.log_every, args.val_every, args.save_every, args.sample_every))
+            finite = torch.stack(list(terms.values())).isfinite().all()
+            first_bad = torch.where((first_bad < 0) & ~finite, step, first_bad)
+
+            is_last = step == args.steps
+            do_log = is_last or step % args.log_every == 0
+            do_val = is_last or step % args.val_every == 0
+            do_save = is_last or step % args.save_every == 0
+            do_sample = is_last or step % args.sample_every == 0
             if rank or not (do_log or do_val or do_save or do_sample or step == 1):
                 continue
-
+            terms = {name: value.item() for name, value in terms.items()}
             if first_bad >= 0:
-                names = ", ".join(f"{n} {v:g}" for n, v in zip(columns[1:], terms.tolist()))
-                kept = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint was written yet"
-                raise data.InputError(f"a loss is not finite since step {int(first_bad)} (at step {step}: {names}); {kept}; "
-                                      "try a smaller --lr-g or --amp off")
-
-            seconds = time.perf_counter() - clock
-            row = dict.fromkeys(columns, "")
-            row.update(zip(columns, [step, *terms.tolist()]), cells_per_s=(step - since) * sampler.batch * world / seconds)
-            if do_val and not is_gan:  # nothing that a free sample could be held against
-                for name, rows in zip(("train", "val"), checked):
-                    row[f"{name}_pix"], row[f"{name}_hidden"] = evaluate_losses(best_G, D, folder, rows, args.image_norm, device)
-                if row["val_pix"] < best:
-                    best = row["val_pix"]
-                    data.write(run / "best.pt", partial(torch.save, state_of(full=False)))
-            eta = (args.steps - step) * (time.perf_counter() - started) / (step - first_step)
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-            say(log_line(step, args.steps, row, eta), flush=True)
-            if do_sample:
-                save_samples(run / "samples" / f"step{step:06d}.png", best_G, folder, shown, args.image_norm, device)
+                raise not_finite(run, first_bad.item(), step, terms)
+            seconds = time.perf_counter() - tick
+            cells_per_s = (step - since) * sampler.batch * world / seconds
+            checks = {}
+            if do_val and args.model not in GANS:  # nothing that a free sample could be held against
+                for split, some in checked.items():
+                    checks[f"{split}_pix"], checks[f"{split}_hidden"] = validate(shown_G, D, cells, some)
+                if checks["val_pix"] < best:
+                    best = checks["val_pix"]
+                    run.save("best.pt", step, best, full=False)
+            run.log({"step": step, **terms, "cells_per_s": cells_per_s, **checks})
+            so_far = time.perf_counter() - started
+            eta = (args.steps - step) * so_far / (step - first_step)
+            print(log_line(step, args.steps, terms, cells_per_s, eta, checks), flush=True)
             if do_save:
-                log.flush()
-                data.write(last, partial(torch.save, state_of(full=True)))
+                run.save("last.pt", step, best)
                 saved = step
-            since, clock = step, time.perf_counter()  # the rate leaves validation and saving out; the eta does not
+            if do_sample:
+                run.draw(step, shown_G, cells, shown)
+            since, tick = step, time.perf_counter()  # the rate leaves validation and saving out; the eta does not
         if caught and rank == 0 and saved != step and first_bad < 0:
-            data.write(last, partial(torch.save, state_of(full=True)))
+            run.save("last.pt", step, best)
             saved = step
-        if world > 1:
-            dist.barrier()  # torchrun ends the others as soon as one leaves
     finally:
-        log.close()
-        for s, handler in old_handlers.items():
-            signal.signal(s, handler)
-    if caught:
-        kept = f"{last} is saved; go on with --resume" if saved == step and last.exists() else "nothing new was saved"
-        say(f"stopped by {signal.Signals(caught[0]).name} at step {step}: {kept}", flush=True)
-        sys.exit(128 + caught[0])
-    minutes = (time.perf_counter() - started) / 60
-    kept = "" if is_gan else f", best validation pixel loss {best:.1f} in {run / 'best.pt'}"
-    say(f"done   {step} steps in {minutes:.1f} min: {last}{kept}, pictures in {run / 'samples'}")
-    if world > 1:
+        restore_signals()
+    finish(run, rank, caught, step, saved, (time.perf_counter() - started) / 60)
+
+
+def catch_signals():
+    """Ctrl-C and SIGTERM: finish the step, save, leave. Returns the list of those caught, and what puts the old handlers back."""
+    caught = []
+
+    def catch(number, _):
+        caught.append(number)
+
+    old = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore():
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+    return caught, restore
+
+
+def agreed(caught, world, device, step):
+    """Whether to stop. Several processes agree on it every 10 steps, or one would wait for the others for ever."""
+    if world == 1:
+        return bool(caught)
+    if step % 10:
+        return False
+    flag = torch.tensor(float(bool(caught)), device=device)
+    dist.all_reduce(flag)
+    if flag.item() and not caught:
+        caught.append(signal.SIGTERM)
+    return bool(caught)
+
+
+def set_rates(args, step, *opts):
+    """The learning rates of this step: times --lr-decay every 100 steps."""
+    for opt, lr in zip(opts, (args.lr_g, args.lr_d)):
+        for group in opt.param_groups if opt else ():
+            now = lr * args.lr_decay ** (step // 100)
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(now)  # in place: a CUDA graph reads it there
+            else:
+                group["lr"] = now
+
+
+def not_finite(run, bad, step, terms):
+    """The error of a loss that is not a number any more."""
+    said = ", ".join(f"{name} {value:g}" for name, value in terms.items())
+    kept = "no checkpoint was written yet"
+    if run.last.exists():
+        kept = f"{run.last} is the last good checkpoint"
+    return data.InputError(f"a loss is not finite since step {bad} (at step {step}: {said}); {kept}; "
+                           "try a smaller --lr-g or --amp off")
+
+
+def finish(run, rank, caught, step, saved, minutes):
+    """The last line, and the exit status of a run that was stopped: 130 for Ctrl-C, 143 for SIGTERM."""
+    if dist.is_initialized():
+        dist.barrier()  # torchrun ends the others as soon as one leaves
         dist.destroy_process_group()
+    if caught and rank == 0:
+        kept = "nothing new was saved"
+        if saved == step and run.last.exists():
+            kept = f"{run.last} is saved; go on with --resume"
+        print(f"stopped by {signal.Signals(caught[0]).name} at step {step}: {kept}", flush=True)
+    if caught:
+        sys.exit(128 + caught[0])
+    if rank == 0:
+        print(f"done   {step} steps in {minutes:.1f} min: {run.last}, pictures in {run.path / 'samples'}")
 
 
 if __name__ == "__main__":
