@@ -17,11 +17,9 @@ import os
 import re
 import sys
 import textwrap
-import time
 import zlib
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -54,18 +52,20 @@ def unit(c_in, c_out, kernel, stride=1, padding="same"):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, concatenated. A branch is a chain of units, {name: (c_out, kernel, stride, padding)}; two
+    """Branches side by side, concatenated. A branch is a chain of units, each "name c_out height width [stride padding]"; two
     branches that name the same first unit share it. The last branch is `pool` and, with `c_pool`, a 1x1 unit to so many channels."""
 
     def __init__(self, c_in, pool, c_pool, *branches):
         super().__init__()
         self.pool = pool
-        self.branches = branches
+        self.branches = [re.findall(r"branch\w+", branch) for branch in branches]     # names of their units
         for branch in branches:
             c = c_in
-            for name, shape in branch.items():
-                self.add_module(name, unit(c, *shape))
-                c = shape[0]
+            for layer in branch.split(", "):
+                name, *numbers = layer.split()
+                c_out, height, width, *more = map(int, numbers)
+                self.add_module(name, unit(c, c_out, (height, width), *more))
+                c = c_out
         self.branch_pool = unit(c_in, c_pool, 1) if c_pool else nn.Identity()
 
     def forward(self, x):
@@ -87,7 +87,6 @@ class Inception(nn.Module):
         super().__init__()
         average = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
         halve = nn.MaxPool2d(3, 2)
-        wide, tall = (1, 7), (7, 1)
         self.Conv2d_1a_3x3 = unit(3, 32, 3, 2, 0)                               # (B, 32, 149, 149)
         self.Conv2d_2a_3x3 = unit(32, 32, 3, 1, 0)                              # (B, 32, 147, 147)
         self.Conv2d_2b_3x3 = unit(32, 64, 3)                                    # (B, 64, 147, 147)
@@ -96,55 +95,35 @@ class Inception(nn.Module):
         self.Conv2d_4a_3x3 = unit(80, 192, 3, 1, 0)                             # (B, 192, 71, 71)
         self.maxpool2 = nn.MaxPool2d(3, 2)                                      # (B, 192, 35, 35)
 
-        one = {"branch1x1": (64, 1)}
-        five = {"branch5x5_1": (48, 1), "branch5x5_2": (64, 5)}
-        double = {
-            "branch3x3dbl_1": (64, 1),
-            "branch3x3dbl_2": (96, 3),
-            "branch3x3dbl_3": (96, 3),
-        }
+        one = "branch1x1 64 1 1"
+        five = "branch5x5_1 48 1 1, branch5x5_2 64 5 5"
+        double = "branch3x3dbl_1 64 1 1, branch3x3dbl_2 96 3 3, branch3x3dbl_3 96 3 3"
         self.Mixed_5b = Mixed(192, average, 32, one, five, double)              # (B, 256, 35, 35)
         self.Mixed_5c = Mixed(256, average, 64, one, five, double)              # (B, 288, 35, 35)
         self.Mixed_5d = Mixed(288, average, 64, one, five, double)              # (B, 288, 35, 35)
-        three = {"branch3x3": (384, 3, 2, 0)}
-        double = {**double, "branch3x3dbl_3": (96, 3, 2, 0)}
-        self.Mixed_6a = Mixed(288, halve, None, three, double)                  # (B, 768, 17, 17)
+        three = "branch3x3 384 3 3 2 0"
+        self.Mixed_6a = Mixed(288, halve, None, three, double + " 2 0")         # (B, 768, 17, 17)
 
-        one = {"branch1x1": (192, 1)}
+        one = "branch1x1 192 1 1"
         for letter, c in (("b", 128), ("c", 160), ("d", 160), ("e", 192)):      # (B, 768, 17, 17) each
-            seven = {
-                "branch7x7_1": (c, 1),
-                "branch7x7_2": (c, wide),
-                "branch7x7_3": (192, tall),
-            }
-            double = {
-                "branch7x7dbl_1": (c, 1),
-                "branch7x7dbl_2": (c, tall),
-                "branch7x7dbl_3": (c, wide),
-                "branch7x7dbl_4": (c, tall),
-                "branch7x7dbl_5": (192, wide),
-            }
+            seven = f"branch7x7_1 {c} 1 1, branch7x7_2 {c} 1 7, branch7x7_3 192 7 1"
+            double = (f"branch7x7dbl_1 {c} 1 1, branch7x7dbl_2 {c} 7 1, branch7x7dbl_3 {c} 1 7, "
+                      f"branch7x7dbl_4 {c} 7 1, branch7x7dbl_5 192 1 7")
             self.add_module(f"Mixed_6{letter}", Mixed(768, average, 192, one, seven, double))
-        three = {"branch3x3_1": (192, 1), "branch3x3_2": (320, 3, 2, 0)}
-        seven = {
-            "branch7x7x3_1": (192, 1),
-            "branch7x7x3_2": (192, wide),
-            "branch7x7x3_3": (192, tall),
-            "branch7x7x3_4": (192, 3, 2, 0),
-        }
+        three = "branch3x3_1 192 1 1, branch3x3_2 320 3 3 2 0"
+        seven = ("branch7x7x3_1 192 1 1, branch7x7x3_2 192 1 7, branch7x7x3_3 192 7 1, "
+                 "branch7x7x3_4 192 3 3 2 0")
         self.Mixed_7a = Mixed(768, halve, None, three, seven)                   # (B, 1280, 8, 8)
 
-        one = {"branch1x1": (320, 1)}
-        three = {"branch3x3_1": (384, 1)}
-        double = {"branch3x3dbl_1": (448, 1), "branch3x3dbl_2": (384, 3)}
         forks = (
-            {**three, "branch3x3_2a": (384, (1, 3))},
-            {**three, "branch3x3_2b": (384, (3, 1))},
-            {**double, "branch3x3dbl_3a": (384, (1, 3))},
-            {**double, "branch3x3dbl_3b": (384, (3, 1))},
+            "branch1x1 320 1 1",
+            "branch3x3_1 384 1 1, branch3x3_2a 384 1 3",
+            "branch3x3_1 384 1 1, branch3x3_2b 384 3 1",
+            "branch3x3dbl_1 448 1 1, branch3x3dbl_2 384 3 3, branch3x3dbl_3a 384 1 3",
+            "branch3x3dbl_1 448 1 1, branch3x3dbl_2 384 3 3, branch3x3dbl_3b 384 3 1",
         )
-        self.Mixed_7b = Mixed(1280, average, 192, one, *forks)                  # (B, 2048, 8, 8)
-        self.Mixed_7c = Mixed(2048, nn.MaxPool2d(3, 1, 1), 192, one, *forks)    # (B, 2048, 8, 8)
+        self.Mixed_7b = Mixed(1280, average, 192, *forks)                       # (B, 2048, 8, 8)
+        self.Mixed_7c = Mixed(2048, nn.MaxPool2d(3, 1, 1), 192, *forks)         # (B, 2048, 8, 8)
         self.fc = nn.Linear(2048, 1008)                                     # never called, but in the file
 
     def forward(self, x):
@@ -156,15 +135,7 @@ class Inception(nn.Module):
 
 
 def load_inception(path, device="cpu"):
-    """The FID network with the weights in file `path`, or the word download; InputError for a file of another SHA-256."""
-    if str(path) == "download":
-        folder = os.path.join(torch.hub.get_dir(), "checkpoints")     # where pytorch-fid keeps it, too
-        path = os.path.join(folder, os.path.basename(INCEPTION_URL))
-        if not os.path.exists(path):
-            os.makedirs(folder, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION_URL, path)
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; the FID weights are at {INCEPTION_URL}")
+    """The FID network with the weights in file `path`; InputError for a file of another SHA-256."""
     with open(path, "rb") as file:
         sha256 = hashlib.sha256(file.read()).hexdigest()
     if sha256 != INCEPTION_SHA256:
@@ -196,10 +167,11 @@ def inception_features(net, images, batch=64):
 def check_sets(*sets, least=1):
     """The sets as arrays (N, d) float64; InputError for another shape, under `least` rows, unequal widths, NaN or infinity."""
     sets = [np.asarray(x, np.float64) for x in sets]
+    shapes = [x.shape for x in sets]
+    d = shapes[0][-1]
     for x in sets:
-        fits = x.ndim == 2 and len(x) >= least and x.size
-        if not fits or x.shape[1] != sets[0].shape[1]:
-            shapes = [x.shape for x in sets]
+        fits = x.ndim == 2 and x.shape[1] == d > 0 and len(x) >= least
+        if not fits:
             raise InputError(f"expected (N, d) with one d and at least {least} rows, found {shapes}")
         bad = np.argwhere(~np.isfinite(x))
         if len(bad):
@@ -227,7 +199,7 @@ def frechet_of_roots(mean1, root1, mean2, root2):
     traces = (root1 ** 2).sum() + (root2 ** 2).sum()
     nuclear = np.linalg.svd(root1 @ root2.T, compute_uv=False).sum()
     d2 = shift + traces - 2 * nuclear
-    return float(max(d2, 0))                                                    # rounding leaves -1e-14 for equal sets
+    return max(d2, 0.0)                                                         # rounding leaves -1e-14 for equal sets
 
 
 def frechet_distance(x, y):
@@ -240,64 +212,55 @@ def frechet_distance(x, y):
 def mmd2(x, y):
     """Unbiased squared maximum mean discrepancy of x (N, d) and y (M, d), kernel (x.y / d + 1)^3 (Binkowski et al. 2018)."""
     x, y = check_sets(x, y, least=2)
-    n, d = x.shape
-    m = len(y)
-    xx = (x @ x.T / d + 1) ** 3
-    yy = (y @ y.T / d + 1) ** 3
-    xy = (x @ y.T / d + 1) ** 3
-    within_x = (xx.sum() - np.trace(xx)) / (n * (n - 1))
-    within_y = (yy.sum() - np.trace(yy)) / (m * (m - 1))
-    return float(within_x + within_y - 2 * xy.mean())
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a):                                                              # without each row with itself
+        k = kernel(a, a)
+        n = len(a)
+        return (k.sum() - np.trace(k)) / (n * (n - 1))
+
+    return within(x) + within(y) - 2 * kernel(x, y).mean()
 
 
 def kid(x, y, subset=None, subsets=100, seed=0):
     """Kernel Inception distance of x (N, d) and y (M, d): mean and sd (ddof 0) of mmd2 over random subsets without replacement.
-    `subset` rows come from each set: min(1000, half the smaller set) unless given; a larger one is an InputError."""
+    `subset` rows come from each set: min(1000, half the smaller set) unless given."""
     x, y = check_sets(x, y, least=4)
-    least = min(len(x), len(y))
-    subset = subset or min(1000, least // 2)
-    if not 2 <= subset <= least:
-        raise InputError(f"KID subset {subset}: expected 2 to {least}, the rows of the smaller set")
+    subset = subset or min(1000, len(x) // 2, len(y) // 2)
     random = np.random.RandomState(seed % 2 ** 32)
     values = []
     for _ in range(subsets):
         i = random.choice(len(x), subset, replace=False)                        # x before y, as torch-fidelity draws
         j = random.choice(len(y), subset, replace=False)
         values.append(mmd2(x[i], y[j]))
-    return float(np.mean(values)), float(np.std(values))
-
-
-def squared_distances(a, b):
-    """Squared Euclidean distances (A, B) of the rows of a (A, d) and b (B, d), float64."""
-    a2 = (a * a).sum(1)
-    b2 = (b * b).sum(1)
-    d2 = a2[:, None] + b2 - 2 * a @ b.T
-    return np.maximum(d2, 0)
+    return np.mean(values), np.std(values)
 
 
 def neighbour_radius(x, k):
-    """Squared distance (N,) from each row of x (N, d) to its k-th nearest other row; a tie counts as inside."""
-    radius = np.empty(len(x))
-    for i in batches(len(x), 512):
-        d2 = np.partition(squared_distances(x[i], x), k, axis=1)                # the row itself comes 0-th
-        radius[i] = d2[:, k]
-    return radius * (1 + 1e-9)
+    """Distance (N,) from each row of x (N, d) to its k-th nearest other row; a tie counts as inside."""
+    radius = []
+    for rows in x.split(512):
+        nearest, _ = torch.cdist(rows, x).kthvalue(k + 1)                       # the row itself comes first
+        radius.append(nearest)
+    return torch.cat(radius) * (1 + 1e-9)
 
 
 def precision_recall(real, fake, k=3):
     """Are the fakes (M, d) like real cells (N, d), and do they reach all? {"precision", "recall"} (Kynkäänniemi et al. 2019).
     A cell's ball reaches to its k-th nearest other cell of the same set. Precision: share of fakes in a real ball; recall:
     share of real cells in a fake ball."""
-    real, fake = check_sets(real, fake, least=k + 1)
+    real, fake = map(torch.tensor, check_sets(real, fake, least=k + 1))
     radius_real = neighbour_radius(real, k)                                     # (N,)
     radius_fake = neighbour_radius(fake, k)                                     # (M,)
-    precise = np.zeros(len(fake), bool)
-    recalled = np.zeros(len(real), bool)
-    for i in batches(len(fake), 512):
-        d2 = squared_distances(fake[i], real)                                   # (B, N)
-        precise[i] = (d2 <= radius_real).any(1)
-        recalled |= (d2 <= radius_fake[i, None]).any(0)
-    return {"precision": float(precise.mean()), "recall": float(recalled.mean())}
+    precise = 0
+    recalled = torch.zeros(len(real), dtype=torch.bool)
+    for rows, radius in zip(fake.split(512), radius_fake.split(512)):
+        distance = torch.cdist(rows, real)                                      # (B, N)
+        precise += int((distance <= radius_real).any(1).sum())
+        recalled |= (distance <= radius[:, None]).any(0)
+    return {"precision": precise / len(fake), "recall": int(recalled.sum()) / len(real)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,7 +269,7 @@ def precision_recall(real, fake, k=3):
 
 class CPSpace:
     """The space of FD-CP: robust z-scores by the measurements of real training cells (frame, N rows), and their first d
-    principal components, of fewer features all. `.dropped`: columns over 5 % missing or without spread.
+    principal components, of fewer features all. Columns over 5 % missing or without spread are left out.
     InputError under 20 cells."""
 
     def __init__(self, train, d):
@@ -320,7 +283,6 @@ class CPSpace:
         spread = 1.4826 * np.nanmedian(off, axis=0)                             # the sd of a normal distribution
         keep = spread > 1e-9 * np.abs(centre)                                   # a constant's rounding is no spread
         self.kept = list(train.columns[keep])
-        self.dropped = list(train.columns[~keep])
         self.centre = centre[keep]
         self.spread = spread[keep]
         z = self.z_scores(train)
@@ -371,12 +333,15 @@ def correlations(a, b, weights):
 
 
 def bootstrap(statistic, n, seed, draws=1000):
-    """95 % percentile interval (2, K) of `statistic`, a function of how often each of n rows is drawn, (R, n) -> (R, K).
-    NaN where the statistic is undefined in a draw, or n < 2."""
+    """`statistic`, a function of how often each of n rows is drawn, (R, n) -> (R, K), and its 95 % percentile interval: value,
+    low, high (3, K). The interval is NaN where the statistic is undefined in a draw, or n < 2."""
     random = np.random.default_rng(seed)
     weights = random.multinomial(n, np.full(n, 1 / n), draws).astype(np.float64)        # (R, n)
-    interval = np.percentile(statistic(weights), [2.5, 97.5], axis=0)
-    return interval if n > 1 else np.full_like(interval, np.nan)
+    value = statistic(np.ones((1, n)))
+    low, high = np.percentile(statistic(weights), [2.5, 97.5], axis=0)
+    if n < 2:
+        low = high = np.full(value.shape[1], np.nan)
+    return np.vstack([value, low, high])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,16 +374,14 @@ def nsc(profiles, compounds, moas, batches=None, seed=0, draws=1000):
     """Mechanism of action from the nearest profile (cosine) of another compound (NSC) and, given `batches`, batch (NSCB).
     profiles (T, F), compounds and moas (T,), batches a list a treatment. A treatment is scorable if an admissible profile
     shares its mechanism; others leave the denominator; InputError if none is, or for a profile of zeros. Returns accuracy,
-    correct, n, interval (95 %, whole compounds resampled), accuracy_per_compound (each weighs the same), compounds (their
-    number), null_mean and null_sd (mechanisms shuffled among the compounds), and the table treatments."""
+    n, interval (95 %, whole compounds resampled), null_mean and null_sd (mechanisms shuffled among the compounds), and
+    the table treatments."""
     x, = check_sets(profiles, least=2)
     compounds = np.asarray(compounds)
     moas = np.asarray(moas)
     length = np.linalg.norm(x, axis=1, keepdims=True)
     if not length.all():
-        first = compounds[length.argmin()]
-        zeros = (length == 0).sum()
-        raise InputError(f"{zeros} of {len(x)} profiles are all zero, first {first}; no cosine")
+        raise InputError(f"the profile of {compounds[length.argmin()]} is all zero: it has no cosine")
     x = x / length
     admissible = compounds[:, None] != compounds                                # (T, T)
     if batches is not None:
@@ -435,15 +398,15 @@ def nsc(profiles, compounds, moas, batches=None, seed=0, draws=1000):
     correct, scorable = score(moas)
     if not scorable.any():
         raise InputError(f"none of {len(x)} treatments has an admissible neighbour of its own mechanism")
-    table = pd.DataFrame({
-        "compound": compounds,
-        "moa": moas,
-        "nearest": nearest,
-        "distance": distance.min(1),
-        "predicted": moas[nearest],
-        "correct": correct,
-        "scorable": scorable,
-    })
+    table = pd.DataFrame(dict(
+        compound=compounds,
+        moa=moas,
+        nearest=nearest,
+        distance=distance.min(1),
+        predicted=moas[nearest],
+        correct=correct,
+        scorable=scorable,
+    ))
     per_compound = table[scorable].groupby(["compound", "moa"])["correct"]
     right = per_compound.sum().to_numpy()
     size = per_compound.size().to_numpy()
@@ -451,6 +414,7 @@ def nsc(profiles, compounds, moas, batches=None, seed=0, draws=1000):
     def resampled(weights):
         return (weights @ right / (weights @ size))[:, None]
 
+    (accuracy,), (low,), (high,) = bootstrap(resampled, len(size), seed)
     _, first, which = np.unique(compounds, return_index=True, return_inverse=True)
     random = np.random.default_rng(seed)
     null = []
@@ -458,17 +422,14 @@ def nsc(profiles, compounds, moas, batches=None, seed=0, draws=1000):
         lucky, there = score(random.permutation(moas[first])[which])
         if there.any():
             null.append(lucky[there].mean())
-    return {
-        "accuracy": correct[scorable].mean(),
-        "correct": correct[scorable].sum(),
-        "n": scorable.sum(),
-        "interval": bootstrap(resampled, len(size), seed)[:, 0],
-        "accuracy_per_compound": np.mean(right / size),
-        "compounds": len(size),
-        "null_mean": np.mean(null),
-        "null_sd": np.std(null),
-        "treatments": table,
-    }
+    return dict(
+        accuracy=accuracy,
+        n=scorable.sum(),
+        interval=(low, high),
+        null_mean=np.mean(null),
+        null_sd=np.std(null),
+        treatments=table,
+    )
 
 
 def score_profiles(wells, normalise="z", average="mean", seed=0):
@@ -508,15 +469,16 @@ def read_profiles(path, image_csv=None, moa=None):
     table = data.read_csv(path)
     features, report = data.feature_columns(table)
     cells = data.annotate(table)
-    require(cells, ["plate", "well"], path)
+    key = ["plate", "well"]
+    require(cells, key, path)
     if image_csv:
         image = data.annotate(data.read_csv(image_csv))
-        require(image, ["plate", "well", "compound", "concentration"], image_csv)
-        image = image[["plate", "well", "compound", "concentration"]].drop_duplicates()
-        cells = cells[["plate", "well"]].merge(image, "left", ["plate", "well"])
+        told = [*key, "compound", "concentration"]
+        require(image, told, image_csv)
+        cells = cells[key].merge(image[told].drop_duplicates(), "left", key)
         unknown = cells[cells["compound"].isna()]
         if len(unknown):
-            plate, well = unknown[["plate", "well"]].iloc[0]
+            plate, well = unknown[key].iloc[0]
             raise InputError(f"{image_csv}: does not list {len(unknown)} of the {len(table)} wells of {path}, "
                              f"first plate {plate} well {well}")
     mechanisms = None
@@ -574,18 +536,15 @@ def claims(table):
     """What the paper says of its Fig 4a, each with whether it is seen in a feature_table, {claim: seen}, and the median r by
     which it is judged, {family or compartment and family: median r}, the best first."""
     family = table.groupby("family")["r"].median()
-    both = table["compartment"] + " " + table["family"]
-    group = table.groupby(both)["r"].median()
-    medians = pd.concat([family, group]).sort_values(ascending=False)
-    best = set(group.sort_values(ascending=False).index[:3])
-    nuclei, cells = group["Nuclei AreaShape"], group["Cells AreaShape"]
+    group = table.groupby(table["compartment"] + " " + table["family"])["r"].median()
+    best = group.nlargest(3).index
     seen = {
         "over 30 % of the features have r > 0.5": (table["r"] > 0.5).mean() > 0.3,
-        "shape and intensity of the nucleus survive best": {"Nuclei AreaShape", "Nuclei Intensity"} <= best,
-        "the distribution of intensity survives worst": family.idxmin() == "RadialDistribution",
-        "the shape of whole cells survives poorly": cells < min(0.5, nuclei),
+        "shape and intensity of the nucleus survive best": {"Nuclei AreaShape", "Nuclei Intensity"} <= set(best),
+        "the distribution of intensity survives worst": family["RadialDistribution"] <= family.min(),
+        "the shape of whole cells survives poorly": group["Cells AreaShape"] < min(0.5, group["Nuclei AreaShape"]),
     }
-    return seen, medians
+    return seen, pd.concat([family, group]).sort_values(ascending=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -639,28 +598,25 @@ def represented(G, D, folder, rows, device):
     for i in batches(len(rows)):
         x = images_of(folder, rows[i], G)
         if G.takes == "images":
-            found.append(G.encode(x.to(device))[0].cpu())
-            continue
-        noise = torch.empty_like(x)
-        for k, name in enumerate(folder.cells["cell"].iloc[rows[i]]):
-            random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            noise[k].normal_(generator=random)
-        profile = D.profile(x.to(device), noise.to(device))
+            profile, _ = G.encode(x.to(device))
+        else:
+            noise = torch.empty_like(x)
+            for k, name in enumerate(folder.cells["cell"].iloc[rows[i]]):
+                random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                noise[k].normal_(generator=random)
+            profile = D.profile(x.to(device), noise.to(device))
         found.append(profile.cpu())
     return pd.DataFrame(torch.cat(found).numpy()).add_prefix("z")
 
 
 def nearest_training_cell(folder, rows, train):
     """For each cell the training cell whose standardised CP vector is nearest (Euclid): retrieval. Row numbers (N,)."""
-    f = features_of(folder, rows)
-    best = torch.full((len(f),), torch.inf)
-    nearest = torch.zeros(len(f), dtype=torch.long)
-    for j in batches(len(train), 1024):
-        some = features_of(folder, train[j])
-        distance, k = torch.cdist(f, some).min(1)
-        nearest = torch.where(distance < best, k + j.start, nearest)
-        best = torch.minimum(distance, best)
-    return train[nearest.numpy()]
+    known = features_of(folder, train)
+    nearest = []
+    for i in batches(len(rows)):
+        distance = torch.cdist(features_of(folder, rows[i]), known)             # (B, training cells)
+        nearest.append(distance.argmin(1))
+    return train[torch.cat(nearest).numpy()]
 
 
 def contestants(G, folder, rows, seed, device):
@@ -711,12 +667,10 @@ def pair_losses(draw, who, D, n, device):
 
 def measure_pictures(draw, who, n, channels, device):
     """Measurements (frame, n rows) of a contestant's pictures; a row of NaN where no nucleus was found."""
-    start = time.time()
+    print(f"measuring {n} pictures: {who}", file=sys.stderr)
     parts = []
     for i in batches(n):
         parts.append(data.measurements(draw(who, i), channels, device=device))
-    rate = n / (time.time() - start)
-    print(f"measured {n} pictures, {who}: {rate:.0f} a second", file=sys.stderr)
     return pd.concat(parts, ignore_index=True)
 
 
@@ -737,7 +691,7 @@ BARE = "representation, not normalised"  # as CytoGAN scores them
 
 
 class Report:
-    """Rows of metrics.csv (RECORD), {what is absent: why}, tables of treatments, notes, and `survived`: the feature_table and
+    """Rows of metrics.csv (RECORD), {what is absent: why}, tables of treatments, and `survived`: the feature_table and
     its six best columns of real and generated cells, which a GAN does not have (its free samples are not of these cells)."""
 
     def __init__(self, seed):
@@ -745,52 +699,46 @@ class Report:
         self.records = []
         self.absent = {}
         self.treatments = []
-        self.notes = {}
         self.survived = None
 
-    def add(self, who, quantity, value, n, extractor, low=np.nan, high=np.nan):
+    def add(self, who, quantity, n, extractor, value, low=np.nan, high=np.nan):
         self.records.append((who, quantity, value, low, high, n, extractor))
 
     def table(self):
         return pd.DataFrame(self.records, columns=RECORD)
 
-    def add_bootstrapped(self, who, names, statistic, n, counts, extractor):
-        """A statistic (see bootstrap) of n cells: K names, and K counts of what each rests on."""
-        value, = statistic(np.ones((1, n)))
-        low, high = bootstrap(statistic, n, self.seed)
-        for name, v, count, a, b in zip(names, value, counts, low, high):
-            self.add(who, name, v, count, extractor, a, b)
-
     def add_mean(self, who, quantity, values, extractor):
         """The mean of values (n,), one a cell."""
-        values = np.asarray(values, np.float64)[:, None]
         n = len(values)
 
         def mean(weights):
-            return weights @ values / n
+            return weights @ values[:, None] / n
 
-        self.add_bootstrapped(who, [quantity], mean, n, [n], extractor)
+        (value,), (low,), (high,) = bootstrap(mean, n, self.seed)
+        self.add(who, quantity, n, extractor, value, low, high)
 
     def add_correlations(self, who, real, seen):
         """Pearson's r with the real cell (frames, n rows) of every measurement, and the share over 0.5, undefined r among it."""
         n = len(real)
         pairs = (real.notna() & seen.notna()).sum()
 
-        def statistic(weights):
+        def share_and_r(weights):
             r = correlations(real.to_numpy(), seen.to_numpy(), weights)
             return np.column_stack([(r > 0.5).mean(1), r])
 
         names = ["share r > 0.5", *("r " + real.columns)]
-        self.add_bootstrapped(who, names, statistic, n, [n, *pairs], "measurements")
+        found = bootstrap(share_and_r, n, self.seed)
+        for name, count, values in zip(names, [n, *pairs], found.T):
+            self.add(who, name, count, "measurements", *values)
 
     def add_survived(self, table):
         """The medians of a feature_table, and its share over 0.5 without what is relative to the cell's own maximum."""
         n = table["n"].max()
-        columns = ["r", "spearman", "r within treatments", "r of generated with input", "r of real with input"]
-        for name in columns:
-            self.add("generated", f"median {name}", table[name].median(), n, "measurements")
+        for name in ("r", "spearman", "r within treatments", "r of generated with input",
+                     "r of real with input"):
+            self.add("generated", f"median {name}", n, "measurements", table[name].median())
         absolute = table["r"][~table["relative"]]
-        self.add("generated", "share r > 0.5, none relative", (absolute > 0.5).mean(), n, "measurements")
+        self.add("generated", "share r > 0.5, none relative", n, "measurements", (absolute > 0.5).mean())
 
     def add_distances(self, reference, others, frechet, suffix, extractor):
         """From the reference (N, d) to each contestant {who: (n, d)}; that to "real" is the floor. No bootstrap: cells drawn
@@ -805,22 +753,19 @@ class Report:
             found["KID"], found["KID sd"] = kid(reference, x, seed=self.seed)
             found |= precision_recall(reference, x)
             for name, value in found.items():
-                self.add(who, name + suffix, value, len(x), extractor)
+                self.add(who, name + suffix, len(x), extractor, value)
 
-    def add_scores(self, who, scores):
-        """What score_profiles found."""
-        for name, s in scores.items():
+    def add_scores(self, who, wells, normalise):
+        """What score_profiles finds in well profiles."""
+        for name, s in score_profiles(wells, normalise, seed=self.seed).items():
             if "absent" in s:
                 self.absent[f"{name} of {who}"] = s["absent"]
                 continue
-            n = s["n"]
             null = s["null_mean"]
             sd = s["null_sd"]
-            self.add(who, name, s["accuracy"], n, "profiles", *s["interval"])
-            self.add(who, f"{name} of permuted labels", null, n, "profiles", null - sd, null + sd)
-            self.add(who, f"{name} per compound", s["accuracy_per_compound"], s["compounds"], "profiles")
-            treatments = s["treatments"].assign(who=who, score=name)
-            self.treatments.append(treatments)
+            self.add(who, name, s["n"], "profiles", s["accuracy"], *s["interval"])
+            self.add(who, f"{name} of permuted labels", s["n"], "profiles", null, null - sd, null + sd)
+            self.treatments.append(s["treatments"].assign(who=who, score=name))
 
     def add_wells(self, who, wells, normalise="z"):
         """NSC and NSCB of well_profiles. Wells on plates with under two DMSO wells cannot be scaled: left out, and named."""
@@ -829,11 +774,11 @@ class Report:
         few = wells[is_dmso.groupby(wells["plate"]).transform("sum") < 2]
         if normalise != "none" and 0 < len(few) < len(wells):
             plates = ", ".join(few["plate"].unique())
-            what = f"{len(few)} wells of {who} (plates {plates})"
-            self.absent[what] = "left out of NSC, which needs two DMSO wells a plate"
+            reason = "left out of NSC, which needs two DMSO wells a plate"
+            self.absent[f"{len(few)} wells of {who} (plates {plates})"] = reason
             wells = wells.drop(few.index)
         try:
-            self.add_scores(who, score_profiles(wells, normalise, seed=self.seed))
+            self.add_scores(who, wells, normalise)
         except InputError as error:
             self.absent[f"NSC, NSCB of {who}"] = str(error)
 
@@ -847,13 +792,7 @@ def judge(G, D, folder, rows, seed, device, net=None):
     given = pd.DataFrame(folder.measurements(rows).numpy(), columns=folder.features)
     try:
         sample = data.measurements(draw("training sample", slice(None)), folder.channels, device=device)
-        known = sample.dropna(how="all")
-        space = CPSpace(known, max(1, min(30, half // 20)))
-        report.notes = {
-            "cells a side": half,
-            "training cells measured": f"{len(known)} of {len(sample)}",
-            "dropped": space.dropped,
-        }
+        space = CPSpace(sample.dropna(how="all"), max(1, min(30, half // 20)))
     except InputError as error:
         space = None
         report.absent["all that is measured in pictures"] = str(error)
@@ -871,7 +810,7 @@ def judge(G, D, folder, rows, seed, device, net=None):
             continue
         seen = measure_pictures(draw, who, len(rows), folder.channels, device).astype(np.float32)
         found = seen.notna().any(axis=1)
-        report.add_mean(who, "nucleus found", found, "measurements")
+        report.add_mean(who, "nucleus found", found.to_numpy(float), "measurements")
         if who == "real":
             real = seen
             reference = space(seen[:half][found[:half]])
@@ -892,20 +831,15 @@ def judge(G, D, folder, rows, seed, device, net=None):
         latent = represented(G, D, folder, rows, device)
         report.add_wells(BARE, well_profiles(cells, latent), "none")
     if space:
-        report.notes["reference cells measured"] = len(reference)
         report.add_distances(reference, judged, "FD", f"-CP{len(space.axes)}", "measurements")
 
     if net:
-        views = {}
-        for c, name in enumerate(folder.channels):
-            views[f" {name}"] = [c, c, c]                                       # each channel as grey
+        views = {f" {name}": [c, c, c] for c, name in enumerate(folder.channels)}   # each channel as grey
         if len(folder.channels) == 3:
             views[""] = [0, 1, 2]
         for suffix, pick in views.items():
             reference = features_by_inception(net, draw, "real", 0, half, pick)
-            judged = {}
-            for who in names:
-                judged[who] = features_by_inception(net, draw, who, half, 2 * half, pick)
+            judged = {who: features_by_inception(net, draw, who, half, 2 * half, pick) for who in names}
             report.add_distances(reference, judged, "FID", suffix, "inception")
     return report
 
@@ -923,6 +857,7 @@ SHORT = {
     "input CP vectors": "input",
     BARE: "latent",
 }
+INTERVAL = "95 %, 1000 bootstrap draws of cells; NSC: of compounds; permuted labels: ± sd"
 OWN = ("generated", "free samples", BARE)  # a model's; the other contestants are baselines
 TABLES = {  # quantities, and what was published on BBBC021 (N, reference set and tool of FID are not stated)
     "Table 1 of CP2Image": r"pixel loss|share r > 0.5|FID|FD-CP\d+",
@@ -951,7 +886,7 @@ def write_csv(path, frame, **options):
 
 
 def write_json(path, content):
-    data.write(path, json.dumps(content, indent=1) + "\n")
+    data.write(path, json.dumps(content, indent=1, default=np.generic.item) + "\n")
 
 
 def write_results(out, report, about):
@@ -959,22 +894,18 @@ def write_results(out, report, about):
     out.mkdir(parents=True, exist_ok=True)
     results = {}
     for who, quantity, value, low, high, n, extractor in report.records:
-        found = results.setdefault(who, {})
-        found[quantity] = {
-            "value": rounded(value),
-            "interval": [rounded(low), rounded(high)],
-            "n": int(n),
-            "extractor": extractor,
-        }
-    about = about | report.notes
+        results.setdefault(who, {})[quantity] = dict(
+            value=rounded(value),
+            interval=[rounded(low), rounded(high)],
+            n=n,
+            extractor=extractor,
+        )
     if report.survived:
         table = report.survived[0]
         write_csv(out / "features.csv", table)
-        seen, medians = claims(table)
-        about["claims of the paper"] = {claim: bool(yes) for claim, yes in seen.items()}
+        about["claims of the paper"], medians = claims(table)
         about["median r"] = {group: rounded(r) for group, r in medians.items()}
-    content = {"about": about, "absent": report.absent, "results": results}
-    write_json(out / "metrics.json", content)
+    write_json(out / "metrics.json", {"about": about, "absent": report.absent, "results": results})
     table = report.table().assign(split=about["split"], seed=about["seed"])
     write_csv(out / "metrics.csv", table, index=False)
     if report.treatments:
@@ -989,26 +920,19 @@ def verdict(wide):
     ahead = paired["generated"] - paired["nearest training cell"]
     ahead["pixel loss"] *= -1
     won = (ahead > 0).sum()
-    text = f"beats the nearest training cell on {won} of {len(ahead)} paired scores"
-    if won < len(ahead):
-        text += f", and does NOT on {len(ahead) - won}"
-    if len(ahead) > 1:
-        survived = wide["generated"]["share r > 0.5"]
-        text += f"; {survived:.0%} of the measurements come back with r > 0.5 (paper: over 30 %)"
-    return text
+    return f"beats the nearest training cell on {won} of {len(ahead)} paired scores, and does NOT on the rest"
 
 
-def in_order(wide, table):
-    """A pivoted table with rows and columns as they first come in `table`, without the names of its axes."""
+def side_by_side(table, values):
+    """A row a quantity and a column a contestant, both as they first come in `table`."""
+    wide = table.pivot(index="quantity", columns="who", values=values)
     wide = wide.loc[table["quantity"].unique(), table["who"].unique()]
     return wide.rename_axis(index=None, columns=None)
 
 
 def print_report(name, report):
     """A sentence, then the table of values, and what is absent and why; the rest is in the files."""
-    table = report.table()
-    wide = table.pivot(index="quantity", columns="who", values="value")
-    wide = in_order(wide, table)
+    wide = side_by_side(report.table(), "value")
     say(f"{name} {verdict(wide)}.")
     shown = wide[wide.index.str.fullmatch(SHOWN)].rename(columns=SHORT)
     print("\n" + shown.to_string(float_format="{:.4g}".format, na_rep="-") + "\n")
@@ -1016,9 +940,8 @@ def print_report(name, report):
 
 
 def print_absent(absent):
-    for reason in dict.fromkeys(absent.values()):
-        what = [name for name, why in absent.items() if why == reason]
-        say(f"absent: {', '.join(what)}: {reason}")
+    for what, reason in absent.items():
+        say(f"absent: {what}: {reason}")
 
 
 def optional(what, draw, *arguments):
@@ -1035,8 +958,8 @@ def draw_plots(path, report):
     os.environ.pop("MPLBACKEND", None)  # a notebook's may not exist here, and files need none
     from matplotlib.figure import Figure
     figure = Figure((14, 9), dpi=80, layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1))
-    sorted_r = upper.subplots()
+    panels = figure.subplot_mosaic("aaaaaa;aaaaaa;012345")
+    sorted_r = panels["a"]
     table = report.table().dropna(subset="value")
     pearson = table[table["quantity"].str.startswith("r ")]
     for who, rows in pearson.groupby("who", sort=False):
@@ -1044,23 +967,21 @@ def draw_plots(path, report):
     sorted_r.set(xlabel="feature, sorted", ylabel="Pearson's r with the real cell", ylim=(-0.5, 1))
     sorted_r.legend()
     features, real, fake = report.survived
-    for panel, name in zip(lower.subplots(1, 6), real):
-        panel.plot(real[name], fake[name], ".", ms=2)
-        middle = real[name].median()
-        panel.axline((middle, middle), slope=1, color="grey", lw=0.5)
-        panel.set(xlabel="real", ylabel="generated")
-        panel.set_title(f"{name}\nr {features['r'][name]:.2f}", fontsize=6)
+    for key, name in zip("012345", real):
+        panels[key].plot(real[name], fake[name], ".", ms=2)
+        panels[key].set(xlabel="real", ylabel="generated")
+        panels[key].set_title(f"{name}\nr {features['r'][name]:.2f}", fontsize=6)
     data.write(path, figure.savefig)
 
 
 def draw_grid(out, folder, rows, runs, seed, device):
     """Fig 3: the same cells for every model, the originals above; grid.json names rows and cells."""
-    pictures = {"original": images_of(folder, rows, runs[0].G)}
-    for run in runs:
-        name = f"{run.name}, free samples" if run.G.takes == "noise" else run.name
+    pictures = {"original": images_of(folder, rows, runs[0])}
+    for G in runs:
+        name = f"{G.name}, free samples" if G.takes == "noise" else G.name
         if name not in pictures:
-            z = noise_for(run.G, len(rows), seed)
-            pictures[name] = drawn(run.G, folder, rows, z, device)
+            z = noise_for(G, len(rows), seed)
+            pictures[name] = drawn(G, folder, rows, z, device)
     picture = data.tile([data.composite(x) for x in pictures.values()])
     data.write(out / "grid.png", Image.fromarray(picture).save)
     cells = folder.cells["cell"].iloc[rows]
@@ -1078,14 +999,13 @@ def compare_runs(runs, reports):
     """A row for each model (or baseline, of the first run) and quantity: mean and sd (ddof 1) over its runs, and all values.
     Returns that frame, and both papers' Table 1 as text."""
     parts = []
-    for run, report in zip(runs, reports):
+    for G, report in zip(runs, reports):
         table = report.table()
         is_own = table["who"].isin(OWN)
-        label = (run.name + " " + table["who"]).str.removesuffix(" generated")
-        table = table.assign(who=label.where(is_own, table["who"]))
         if parts:
             table = table[is_own]
-        parts.append(table)
+        label = (G.name + " " + table["who"]).str.removesuffix(" generated")
+        parts.append(table.assign(who=table["who"].mask(is_own, label)))
     groups = pd.concat(parts).groupby(["who", "quantity"], sort=False)
     long = groups["value"].agg(mean="mean", sd="std", runs="count", values=list, text=mean_and_sd)
     long["n"] = groups["n"].min()
@@ -1093,10 +1013,8 @@ def compare_runs(runs, reports):
     lines = []
     for title, pattern in TABLES.items():
         some = long[long["quantity"].str.fullmatch(pattern)].dropna(subset="mean")
-        wide = some.pivot(index="quantity", columns="who", values="text")
-        wide = in_order(wide, some).T
-        lines.append(f"{title}, from these runs (± sd, ddof 1):\n")
-        lines.append(wide.to_string(na_rep="-") + "\n")
+        wide = side_by_side(some, "text").T
+        lines.append(f"{title}, from these runs (± sd, ddof 1):\n\n{wide.to_string(na_rep='-')}\n")
     return long, "\n".join([*lines, PUBLISHED])
 
 
@@ -1104,16 +1022,9 @@ def compare_runs(runs, reports):
 # The command
 
 
-class Run(NamedTuple):
-    checkpoint: Path
-    G: nn.Module
-    D: nn.Module
-    settings: dict
-    name: str       # its folder's, without -seed<n>
-
-
 def open_run(folder, path, device):
-    """The Run of a run's folder or a checkpoint file; InputError if it was not trained on the prepared folder."""
+    """The generator of a run's folder or a checkpoint file (model.load), which knows its .checkpoint, .settings and .name
+    (the run's folder, without -seed<n>), too; InputError if it was not trained on the prepared folder."""
     checkpoint = Path(path)
     if checkpoint.is_dir():
         checkpoint = checkpoint / "last.pt"
@@ -1121,36 +1032,27 @@ def open_run(folder, path, device):
     if G.features != folder.features or G.identity != folder.identity:
         raise InputError(f"{checkpoint}: was trained on another prepared folder than {folder.path} (other features "
                          "or checksums); give the --data of that run")
-    settings = model.read_checkpoint(checkpoint)["settings"]
-    name = re.sub(r"-seed\d+$", "", checkpoint.resolve().parent.name)
-    return Run(checkpoint, G, model.load_metric(checkpoint, device), settings, name)
+    G.checkpoint = checkpoint
+    G.settings = model.read_checkpoint(checkpoint)["settings"]
+    G.name = re.sub(r"-seed\d+$", "", checkpoint.resolve().parent.name)
+    return G
 
 
 def score_table(path, image_csv, moa, normalise, seed, out):
     """--profiles: NSC and NSCB of any table of well profiles, printed, and written to folder `out` if there is one."""
     table, lines = read_profiles(path, image_csv, moa)
-    scores = score_profiles(table, normalise, seed=seed)
-    features = table.shape[1] - len(WELL_COLUMNS)
-    about = {
-        "profiles": path,
-        "wells": len(table),
-        "features": features,
-        "normalise": normalise,
-        "split": "all",
-        "seed": seed,
-    }
-    for name, s in scores.items():
-        if "absent" not in s:
-            low, high = s["interval"]
-            print(f"{name} {s['correct']}/{s['n']} = {s['accuracy']:.1%}, 95 % from {low:.1%} to {high:.1%};",
-                  f"per compound {s['accuracy_per_compound']:.1%};",
-                  f"permuted labels {s['null_mean']:.1%} ± {s['null_sd']:.1%}")
-    for line in (*lines, f"{len(table)} wells, {features} features, plates scaled by their DMSO wells: {normalise}"):
-        say(line)
     report = Report(seed)
-    report.add_scores("profiles", scores)
+    report.add_scores("profiles", table, normalise)
+    for _, quantity, value, low, high, n, _ in report.records:
+        print(f"{quantity} {value * n:.4g}/{n} = {value:.1%}, from {low:.1%} to {high:.1%}")
+    features = table.shape[1] - len(WELL_COLUMNS)
+    lines.append(f"{len(table)} wells, {features} features, plates scaled by their DMSO wells: {normalise}; "
+                 f"{INTERVAL}")
+    for line in lines:
+        say(line)
     print_absent(report.absent)
     if out:
+        about = dict(profiles=path, normalise=normalise, split="all", seed=seed)
         write_results(Path(out), report, about)
 
 
@@ -1175,7 +1077,7 @@ def parse(argv):
     add("--n", type=int, default=10_000, metavar="CELLS",
         help="cells a side, reference and judged (default 10000, or half of the split)")
     add("--inception", metavar="FILE",
-        help="pytorch-fid's weights, or the word download: FID and KID too (default: FD-CP and KID-CP only)")
+        help=f"FID and KID too, by these weights: {INCEPTION_URL}")
     add("--grid", type=int, default=13, metavar="N",
         help="cells in grid.png, originals above one row a model (default 13)")
     add("--image-csv", metavar="FILE",
@@ -1200,8 +1102,8 @@ def main(argv=None):
     device = data.pick_device(args.device)
     folder = data.open_folder(args.data)
     runs = [open_run(folder, path, device) for path in args.runs or [args.run]]
-    different = {(run.name, run.settings["seed"]) for run in runs}
-    norms = {run.G.image_norm for run in runs}
+    different = {(G.name, G.settings["seed"]) for G in runs}
+    norms = {G.image_norm for G in runs}
     if len(different) < len(runs) or len(norms) > 1:
         raise InputError("--runs: expected one --image-norm, and different seeds for each model (folder name "
                          "without -seed<n>)")
@@ -1212,29 +1114,29 @@ def main(argv=None):
 
     # each run's numbers are written as they are had
     reports = {}
-    for run in runs:
-        report = judge(run.G, run.D, folder, rows, args.seed, device, net)
+    for G in runs:
+        D = model.load_metric(G.checkpoint, device)
+        report = judge(G, D, folder, rows, args.seed, device, net)
         if not net:
             report.absent["FID, KID"] = "--inception FILE was not given; distances are between measurements (CP)"
-        about = {
-            "data": args.data,
-            "checkpoint": str(run.checkpoint),
-            "step": run.G.step,
-            "settings": run.settings,
-            "split": args.split,
-            "seed": args.seed,
-            "cells": len(rows),
-            "channels": folder.channels,
-            "inception": INCEPTION_SHA256 if net else None,
-            "interval": "95 %, 1000 bootstrap draws of cells; NSC: of compounds; permuted labels: ± sd",
-            "floor": "the distances of real: real cells of the judged half from those of the reference half",
-        }
+        about = dict(
+            data=args.data,
+            checkpoint=str(G.checkpoint),
+            step=G.step,
+            settings=G.settings,
+            split=args.split,
+            seed=args.seed,
+            cells=len(rows),
+            channels=folder.channels,
+            interval=INTERVAL,
+            floor="the distances of real: real cells of the judged half from those of the reference half",
+        )
         target = out
         if args.runs:
-            target = out / f"{run.name}-seed{run.settings['seed']}"
+            target = out / f"{G.name}-seed{G.settings['seed']}"
         write_results(target, report, about)
         reports[target] = report
-        print_report(f"{run.checkpoint} at step {run.G.step}, judged on {cells},", report)
+        print_report(f"{G.checkpoint} at step {G.step}, judged on {cells},", report)
     if args.runs:
         long, text = compare_runs(runs, reports.values())
         write_csv(out / "comparison.csv", long, index=False)

@@ -226,7 +226,8 @@ class VAE(nn.Module):
         if noise is None:
             return self.decode(mean)
         z = mean + noise * (0.5 * log_var).exp()
-        return self.decode(z), mean, log_var
+        x = self.decode(z)
+        return x, mean, log_var
 
 
 class NoiseGenerator(nn.Module):
@@ -364,7 +365,8 @@ def kernels(net):
 def standardise(raw, centre, scale):
     """Measurements in CellProfiler's units (N, F) -> (N, F) float32 in standard deviations, clipped to -10..10, missing
     -> 0. `centre`, `scale`: (F,). The inverse, for values that were not clipped, is f * scale + centre."""
-    f = (raw.double() - centre.double()) / scale.double()
+    f = raw.double() - centre.double()
+    f = f / scale.double()
     f = f.nan_to_num(nan=0.0, posinf=CLIP, neginf=-CLIP)
     return f.clamp(-CLIP, CLIP).float()
 
@@ -395,7 +397,7 @@ def read_checkpoint(path, device="cpu"):
 
 
 def build(state):
-    """Generator and discriminator as a checkpoint describes them, without its weights; torch's random state is left alone."""
+    """Generator and discriminator as a checkpoint describes them, without its weights; the CPU's random state is left alone."""
     settings = state["settings"]
     n_features = len(state["features"])
     n_channels = len(state["channels"])
@@ -552,10 +554,10 @@ def faster(net, example):
     fast = copy.deepcopy(net)
     for module in fast.modules():
         module.__class__ = swaps.get(type(module), type(module))
-    example = example.detach().double()
+    example = example.detach().cpu().double()
     try:
         same = alike(answers(net, example), answers(fast, example))
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except Exception:  # whatever a changed network raises in the fast form
         same = False
     if not same:
         print(f"note   {type(net).__name__}: the fast layers are no longer the same function as the plain ones, "
@@ -576,7 +578,7 @@ def answers(net, example):
     """What a float64 copy of the network gives: outputs in eval mode, outputs and gradients in training (a list of tensors)."""
     found = []
     for training in (False, True):
-        own = copy.deepcopy(net).double()
+        own = copy.deepcopy(net).cpu().double()
         own.train(training).requires_grad_(training)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
@@ -681,7 +683,8 @@ class FastBatchNorm(BatchNorm):
     def forward(self, x, moments_of=None):
         if moments_of is not None or not self.training:
             return super().forward(x, moments_of)
-        y, _, mean, var = Normalise.apply(self.weight, self.bias, x, None, None)
+        no_pool = no_follow = None
+        y, _, mean, var = Normalise.apply(self.weight, self.bias, x, no_pool, no_follow)
         self.update_running(mean, var)
         return y
 
@@ -719,7 +722,8 @@ def phases(weight):
     sums = F.avg_pool2d(weight, 2, 1, 1, divisor_override=1)  # (C, C_in, 6, 6)
     taps = sums.unflatten(3, (3, 2)).unflatten(2, (3, 2))  # (C, C_in, 3, 2 rows, 3, 2 columns)
     taps = taps.flip(3, 5)  # the even phase first
-    return taps.permute(3, 5, 0, 1, 2, 4).flatten(0, 2)
+    taps = taps.permute(3, 5, 0, 1, 2, 4)  # (2 rows, 2 columns, C, C_in, 3, 3)
+    return taps.flatten(0, 2)
 
 
 def double_and_convolve(h, weight):

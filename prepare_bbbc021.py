@@ -21,7 +21,6 @@ import shutil
 import signal
 import sqlite3
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -39,8 +38,20 @@ import torch
 from PIL import Image
 
 import data
-from data import (CELL, CELL_COLUMNS, CHANNELS, FULL_SCALE, NUCLEUS, SIZE, SOLVENT, InputError,
-                  annotate, numbers, read_csv, sort_columns)
+from data import (
+    CELL,
+    CELL_COLUMNS,
+    CHANNELS,
+    FULL_SCALE,
+    NUCLEUS,
+    SIZE,
+    SOLVENT,
+    InputError,
+    annotate,
+    numbers,
+    read_csv,
+    sort_columns,
+)
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}    # of cells (paper, section 4.1)
 MAX_MISSING = 0.05      # share of cells without a value, above which a feature is dropped
@@ -114,7 +125,14 @@ MECHANISMS = {
         ("emetine", 0.1), ("cyclohexamide", 5),
         {"Mean_Actin": 0.6, "Mean_Tubulin": 0.75, "Nuclei_Area": 0.92}),
 }
-LOWER_DOSES = [("latrunculin B", 1, 0.6), ("taxol", 0.03, 0.5)]     # compound, uM, share of the full effect
+RELEASED = {             # columns of cells.csv, as BBBC021_v1_image.csv calls them
+    "plate": "Image_Metadata_Plate_DAPI",
+    "well": "Image_Metadata_Well_DAPI",
+    "replicate": "Replicate",
+    "compound": "Image_Metadata_Compound",
+    "concentration": "Image_Metadata_Concentration",
+}
+LOWER_DOSES = {"latrunculin B": (1, 0.6), "taxol": (0.03, 0.5)}      # uM, share of the full effect
 
 
 def simulated_plates(seed):
@@ -123,14 +141,14 @@ def simulated_plates(seed):
     wells = []
     for week in range(4):
         treatments = []         # compound, concentration, moa, strength
-        for i, (moa, (*compounds, _)) in enumerate(MECHANISMS.items()):
-            if i // 6 != week % 2:
-                continue
-            compound, dose = compounds[week // 2]
-            treatments.append((compound, dose, moa, 1.0 if week < 2 else 0.85))
-            for other, lower, share in LOWER_DOSES:
-                if other == compound:
-                    treatments.append((compound, lower, moa, share))
+        strength = 1.0 if week < 2 else 0.85
+        first = week % 2 * 6
+        for moa in list(MECHANISMS)[first:first + 6]:
+            compound, dose = MECHANISMS[moa][week // 2]
+            treatments.append((compound, dose, moa, strength))
+            if compound in LOWER_DOSES:
+                dose, share = LOWER_DOSES[compound]
+                treatments.append((compound, dose, moa, share))
         treatments += [(SOLVENT, 0, SOLVENT, 0.0)] * 3
         for replicate in range(3):
             plate = f"Week{week + 1}_sim{3 * week + replicate + 1:02d}"
@@ -138,8 +156,8 @@ def simulated_plates(seed):
             for k, j in enumerate(order):
                 well = f"{'BCDEFG'[k % 6]}{2 + k // 6:02d}"
                 wells.append((plate, well, str(replicate + 1), *treatments[j]))
-    names = ["plate", "well", "replicate", "compound", "concentration", "moa", "strength"]
-    return pd.DataFrame(wells, columns=names)
+    names = "plate well replicate compound concentration moa strength"
+    return pd.DataFrame(wells, columns=names.split())
 
 
 def simulate_table(n, seed, size=SIZE):
@@ -152,8 +170,8 @@ def simulate_table(n, seed, size=SIZE):
     fields["site"] = site.astype(str)
     fields["field"] = fields["plate"] + "_" + fields["well"] + "_s" + fields["site"]
 
-    bounds = np.linspace(0, n, len(fields) + 1).round()
-    share = np.diff(bounds).astype(int)                 # cells of each field
+    bounds = np.linspace(0, n, len(fields) + 1).round().astype(int)
+    share = np.diff(bounds)                             # cells of each field
     cells = fields.loc[fields.index.repeat(share)].reset_index(drop=True)
     number = cells.groupby("field").cumcount()
     cells["cell"] = cells["field"] + "_" + number.astype(str)
@@ -166,15 +184,13 @@ def simulate_features(cells, wells, well, seed):
     """The true features of simulated cells, well (N,): the row of `wells` of each. A cell differs by chance, by its treatment, its
     well, and by the staining and lamp of its plate."""
     random = np.random.default_rng([seed, 3])
-    plates = sorted(set(wells["plate"]))
-    gain = np.exp(random.normal(0, 0.12, (12, 3)))
-    gain = pd.DataFrame(gain[:len(plates)], plates, CHANNELS)
+    plates = wells["plate"].unique()
+    gain = random.normal(0, 0.12, (len(plates), 3))
+    gain = pd.DataFrame(np.exp(gain), plates, CHANNELS)
     well_effect = random.normal(0, 0.03, (len(wells), len(PARAMETERS)))         # log
-    effects = pd.DataFrame({moa: effect for moa, (_, _, effect) in MECHANISMS.items()})
     table = pd.DataFrame(index=cells.index)
     for j, (name, (centre, spread)) in enumerate(PARAMETERS.items()):
-        z = random.normal(size=len(cells))
-        z = np.clip(z, -2.5, 2.5)
+        z = random.normal(size=len(cells)).clip(-2.5, 2.5)
         if spread == "uniform":
             table[name] = random.uniform(-90, 90, len(cells))
         elif spread == "near nucleus":
@@ -183,9 +199,12 @@ def simulate_features(cells, wells, well, seed):
         elif str(spread).startswith("+"):
             table[name] = np.clip(centre + float(spread) * z, 0.1, 0.92)
         else:
-            factor = cells["moa"].map(effects.loc[short(name)])
-            factor = factor.fillna(1.0) ** cells["strength"]
-            table[name] = centre * factor * np.exp(spread * z + well_effect[well, j])
+            effect = {SOLVENT: 1.0}
+            for moa, (_, _, factors) in MECHANISMS.items():
+                effect[moa] = factors.get(short(name), 1.0)
+            factor = cells["moa"].map(effect) ** cells["strength"]
+            chance = np.exp(spread * z + well_effect[well, j])
+            table[name] = centre * factor * chance
             channel = name.split("_")[-1]
             if channel in gain:
                 table[name] *= cells["plate"].map(gain[channel])
@@ -205,19 +224,16 @@ def with_derived(table, noise):
     cell = nucleus + table["Cytoplasm_AreaShape_Area"]
     out["Cells_AreaShape_Area"] = cell
     out["Nuclei_Intensity_IntegratedIntensity_DAPI"] = nucleus * table["Nuclei_Intensity_MeanIntensity_DAPI"]
-    for name, area in (("Nuclei", nucleus), ("Cells", cell)):
-        shape = f"{name}_AreaShape_"
+    for shape, area in (("Nuclei_AreaShape_", nucleus), ("Cells_AreaShape_", cell)):
         a, b = half_axes(area, table[shape + "Eccentricity"])
         angle = np.radians(table[shape + "Orientation"])
         sin = np.sin(angle)
         cos = np.cos(angle)
-        along_columns = (a * sin) ** 2 + (b * cos) ** 2
-        along_rows = (a * cos) ** 2 + (b * sin) ** 2
         out[shape + "MajorAxisLength"] = 2 * a
         out[shape + "MinorAxisLength"] = 2 * b
-        out[shape + "InertiaTensor_0_0"] = along_columns / 4
-        out[shape + "InertiaTensor_1_1"] = along_rows / 4
-        out[shape + "InertiaTensor_0_1"] = -(a ** 2 - b ** 2) * sin * cos / 4
+        out[shape + "InertiaTensor_0_0"] = ((a * sin) ** 2 + (b * cos) ** 2) / 4
+        out[shape + "InertiaTensor_1_1"] = ((a * cos) ** 2 + (b * sin) ** 2) / 4
+        out[shape + "InertiaTensor_0_1"] = (b ** 2 - a ** 2) * sin * cos / 4
     out[NOISE_COLUMNS] = noise
     return out
 
@@ -228,15 +244,14 @@ def half_axes(area, eccentricity):
     return np.sqrt(area / (np.pi * ratio)), np.sqrt(area * ratio / np.pi)
 
 
-def scatter(k, seed, size=SIZE):
+def scatter(k, seed, size):
     """k places (x, y) in a field, APART pixels from each other and far enough from the edge for a crop."""
     random = np.random.default_rng(seed)
     margin = size / 2 + 1           # pixels
-    low = np.array([margin, margin])
-    high = np.array([SPAN[1] + size - margin, SPAN[0] + size - margin])
+    high = np.array(SPAN[::-1]) + size - margin
     places = np.empty((0, 2))
     while len(places) < k:
-        for place in random.uniform(low, high, (200, 2)):
+        for place in random.uniform(margin, high, (200, 2)):
             free = ((places - place) ** 2).sum(1) > APART ** 2
             if len(places) < k and free.all():
                 places = np.vstack([places, place])
@@ -246,12 +261,11 @@ def scatter(k, seed, size=SIZE):
 def waves(random, row, col, k, low, high):
     """A smooth random texture (N, S, S): k plane waves, wavelengths low..high pixels. -|waves| is bright along lines: filaments."""
     total = 0
-    least = 0, low, 0
-    most = 2 * np.pi, high, 2 * np.pi
-    for wave in random.uniform(least, most, (k, len(row), 1, 1, 3)):
+    turn = 2 * np.pi
+    for wave in random.uniform((0, low, 0), (turn, high, turn), (k, len(row), 1, 1, 3)):
         direction, length, phase = np.moveaxis(wave, -1, 0)         # (N, 1, 1) each
         along = row * np.cos(direction) + col * np.sin(direction)
-        total = total + np.sin(along * (2 * np.pi / length) + phase)
+        total = total + np.sin(along * (turn / length) + phase)
     return total
 
 
@@ -275,13 +289,12 @@ def ellipse(random, row, col, area, eccentricity, orientation, bumps, soft):
 def fill(mask, pattern, mean, sd):
     """mean + sd * pattern, the pattern brought to mean 0 and sd 1 over the mask (pixels more than half covered)."""
     inside = mask > 0.5
-    count = inside.sum((1, 2), keepdims=True)
-    count = np.maximum(count, 1)
-    total = (pattern * inside).sum((1, 2), keepdims=True)
-    centred = pattern - total / count
-    square = (centred ** 2 * inside).sum((1, 2), keepdims=True)
-    spread = np.sqrt(square / count)
-    return np.clip(mean + sd * centred / np.maximum(spread, 1e-9), 0, None)
+    over = {"axis": (1, 2), "keepdims": True}
+    count = inside.sum(**over).clip(1)
+    centred = pattern - (pattern * inside).sum(**over) / count
+    variance = (centred ** 2 * inside).sum(**over) / count
+    spread = np.sqrt(variance).clip(1e-9)
+    return np.clip(mean + sd * centred / spread, 0, None)
 
 
 def draw_cells(table, offset, seed, window=WINDOW):
@@ -291,7 +304,7 @@ def draw_cells(table, offset, seed, window=WINDOW):
     Mean and standard deviation of the intensities are exact over the drawn compartments."""
     p = {}                                              # {Mean_DAPI: (N, 1, 1), ...}
     for name in PARAMETERS:
-        p[short(name)] = table[name].to_numpy(np.float64)[:, None, None]
+        p[short(name)] = table[name].to_numpy()[:, None, None]
     grid = np.arange(window) - (window - 1) / 2
     row = grid[:, None] - offset[:, 0, None, None]      # (N, window, 1)
     col = grid[None, :] - offset[:, 1, None, None]      # (N, 1, window)
@@ -305,10 +318,8 @@ def draw_cells(table, offset, seed, window=WINDOW):
     cell = np.maximum(cell, nucleus)
     cytoplasm = cell * (1 - nucleus)
 
-    chromatin = -np.abs(waves(*place, 4, 12, 26))
-    chromatin = chromatin - 1.2 * q_nucleus ** 2
-    dapi = fill(nucleus, chromatin, p["Mean_DAPI"], p["Std_DAPI"])
-    dapi = dapi * nucleus
+    chromatin = -np.abs(waves(*place, 4, 12, 26)) - 1.2 * q_nucleus ** 2
+    dapi = nucleus * fill(nucleus, chromatin, p["Mean_DAPI"], p["Std_DAPI"])
 
     fibres = -0.5 * np.abs(waves(*place, 3, 16, 34))
     fibres = fibres - 0.35 * np.abs(waves(*place, 3, 9, 16))
@@ -331,67 +342,60 @@ def render(table, seed=0, size=SIZE):
     return x + np.array(BACKGROUND, np.float32)[:, None, None]
 
 
-def simulate_field(table, x, y, seed, size=SIZE):
+def simulate_field(table, x, y, seed, size):
     """Simulated cells at x (columns) and y (rows), pixels -> a field (3, H, W) uint16, 12-bit values in the high bits, as BBBC021."""
     middle = (WINDOW - 1) / 2
-    top = np.floor(y - middle).astype(int)
-    left = np.floor(x - middle).astype(int)
-    offset = np.stack([y - top - middle, x - left - middle], 1)
-    drawn, covers = draw_cells(table, offset, seed)
+    place = np.stack([y, x], 1) - middle
+    corner = np.floor(place)                            # of each cell's window: row, column
+    drawn, covers = draw_cells(table, place - corner, seed)
 
-    inner = slice(WINDOW, -WINDOW)                      # the canvas has a margin for cells that reach beyond the field
-    canvas = np.zeros((3, SPAN[0] + size + 2 * WINDOW, SPAN[1] + size + 2 * WINDOW), np.float32)
-    for picture, cover, r, c in zip(drawn, covers, top + WINDOW, left + WINDOW):
+    margin = WINDOW                                     # for cells that reach beyond the field
+    height, width = np.add(SPAN, size + 2 * margin)
+    canvas = np.zeros((3, height, width), np.float32)
+    for picture, cover, (r, c) in zip(drawn, covers, corner.astype(int) + margin):
         view = canvas[:, r:r + WINDOW, c:c + WINDOW]
         np.maximum(view[0], picture[0], out=view[0])    # nuclei shine through
         over = view[1:] * (1 - cover) + picture[1:]
         lit = picture[1:].sum(0) > 0
         view[1:] = np.where(lit, over, view[1:])
-    field = canvas[:, inner, inner]
-    field = field + np.array(BACKGROUND, np.float32)[:, None, None]
+    inner = slice(margin, -margin)
+    background = np.array(BACKGROUND, np.float32)[:, None, None]
+    field = canvas[:, inner, inner] + background
     camera = np.random.default_rng(seed).standard_normal(field.shape, dtype=np.float32)
-    noise = NOISE * np.sqrt(1 + 8 * field)              # read-out and photons
-    field = field + noise * camera
-    field = (field.clip(0, 1) * 4095).round()
-    return field.astype(np.uint16) * 16
+    field = field + NOISE * np.sqrt(1 + 8 * field) * camera             # read-out and photons
+    bits = (field.clip(0, 1) * 4095).round()
+    return bits.astype(np.uint16) * 16
 
 
-def write_release(folder, n, seed, size=SIZE):
-    """n simulated cells as BBBC021 and CellProfiler write them: images/, BBBC021_v1_image.csv and _moa.csv, cellprofiler/*.csv.
-    Returns how many fields."""
+def write_release(folder, n, seed, size):
+    """n simulated cells as BBBC021 and CellProfiler write them: images/, BBBC021_v1_image.csv and _moa.csv, cellprofiler/*.csv."""
     cells, table = simulate_table(n, seed, size)
-    folder = Path(folder)
     export = folder / "cellprofiler"
     export.mkdir(parents=True)
     per_field = cells.groupby("field", sort=False)
     fields = per_field.head(1).reset_index(drop=True)
     week = fields["plate"].str.split("_").str[0]
-    files = pd.DataFrame({"ImageNumber": np.arange(len(fields)) + 1})
+    files = pd.DataFrame(index=fields.index + 1).rename_axis("ImageNumber")
     for name, wave in zip(CHANNELS, ("w1", "w2", "w4")):
-        files[f"FileName_{name}"] = fields["field"] + f"_{wave}.tif"
-        files[f"PathName_{name}"] = week + "/" + fields["plate"]
-    write_csv(files, export / "Image.csv")
+        files[f"FileName_{name}"] = (fields["field"] + f"_{wave}.tif").to_numpy()
+        files[f"PathName_{name}"] = (week + "/" + fields["plate"]).to_numpy()
+    write_csv(files.reset_index(), export / "Image.csv")
 
-    image = files.drop(columns="ImageNumber").add_prefix("Image_")
+    image = files.add_prefix("Image_").reset_index()
     image.insert(0, "TableNumber", 0)
-    image.insert(1, "ImageNumber", files["ImageNumber"])
-    image["Image_Metadata_Plate_DAPI"] = fields["plate"]
-    image["Image_Metadata_Well_DAPI"] = fields["well"]
-    image["Replicate"] = fields["replicate"]
-    image["Image_Metadata_Compound"] = fields["compound"]
-    image["Image_Metadata_Concentration"] = fields["concentration"].map("{:.6f}".format)
-    write_csv(image, folder / "BBBC021_v1_image.csv")
+    told = fields.rename(columns=RELEASED)[list(RELEASED.values())]
+    write_csv(image.join(told), folder / "BBBC021_v1_image.csv", float_format="%.6f")
     moa = fields[["compound", "concentration", "moa"]].drop_duplicates()
     write_csv(moa, folder / "BBBC021_v1_moa.csv", lineterminator="\r")          # as the real one
 
     for i, rows in enumerate(per_field.indices.values()):
         x, y = cells.loc[rows, ["x", "y"]].to_numpy().T
         pixels = simulate_field(table.loc[rows], x, y, [seed, 5, rows[0]], size)
-        plate = folder / "images" / files["PathName_DAPI"][i]
+        plate = folder / "images" / image["Image_PathName_DAPI"][i]
         plate.mkdir(parents=True, exist_ok=True)
         for name, channel in zip(CHANNELS, pixels):
-            file = plate / files[f"FileName_{name}"][i]
-            Image.fromarray(channel).save(file, format="TIFF")
+            file = plate / image[f"Image_FileName_{name}"][i]
+            Image.fromarray(channel).save(file)
 
     # As in real exports the numbers of cells and cytoplasms are not those of their nuclei: Parent_ columns tell
     nucleus = per_field.cumcount() + 1
@@ -404,7 +408,6 @@ def write_release(folder, n, seed, size=SIZE):
     write_objects(keys, table, export, "Cells")
     keys["ObjectNumber"] = nucleus % last + 1
     write_objects(keys, table, export, "Cytoplasm")
-    return len(fields)
 
 
 def write_objects(keys, table, export, name, **options):
@@ -848,7 +851,7 @@ class Source:
     read: Callable
 
 
-def simulation(n, seed, channels, size=SIZE, keep=None):
+def simulation(n, seed, channels, size, keep):
     """n simulated cells, drawn in the named channels; keep: a regular expression, only features that match."""
     cells, table = simulate_table(n, seed, size)
     names, dropped, _ = sort_columns(table.columns, keep)
@@ -860,7 +863,15 @@ def simulation(n, seed, channels, size=SIZE, keep=None):
     order = [CHANNELS.index(channel) for channel in channels]
     read = partial(read_simulated, order=order, size=size)
     values = table[names].to_numpy(np.float32)
-    return Source(cells, names, values, dropped, [], jobs, read)
+    return Source(
+        cells,
+        names,
+        values,
+        dropped,
+        [],
+        jobs,
+        read,
+    )
 
 
 def read_simulated(what, wanted, order, size):
@@ -889,7 +900,7 @@ ROWS_AT_ONCE = 20_000       # of the table of features
 EMPTY = ["", "nan", "NaN", "NA", "null", "None"]
 
 
-def crops(folder, features, channels, stored, size=SIZE, keep=None):
+def crops(folder, features, channels, stored, size, keep):
     """The crops below `folder`, files of (size, size) pixels in the channels `stored`, joined by KEY with the table `features`."""
     names, dropped, other = sort_columns(read_csv(features, nrows=0).columns, keep)
     table, values = read_features(features, names, other)
@@ -897,24 +908,20 @@ def crops(folder, features, channels, stored, size=SIZE, keep=None):
     metadata = read_csv(described, dtype=str)
     for path, frame in ((features, table), (described, metadata)):
         if KEY not in frame:
-            raise InputError(f"{path}: no key column {KEY!r} (the crop's file name), found "
-                             f"{', '.join(frame.columns[:5])}")
+            raise InputError(f"{path}: no key column {KEY!r} (the crop's file name), found {list(frame)}")
         twice = frame[KEY][frame[KEY].duplicated()]
         if len(twice):
-            raise InputError(f"{path}: {KEY} {twice.iloc[0]!r} stands in more than one row; each cell "
-                             "needs one")
+            raise InputError(
+                f"{path}: {KEY} {twice.iloc[0]!r} stands in more than one row; each cell needs one")
 
     row = pd.Index(table[KEY]).get_indexer(metadata[KEY])
     matched = row >= 0
-    report = [
-        f"{features}: {len(table)} rows, {len(names)} features; metadata columns: {', '.join(other)}",
-        f"{matched.sum()} cells matched",
-    ]
-    if not matched.all():
-        first = metadata[KEY][~matched].iloc[0]
-        report.append(f"{(~matched).sum()} cells of {described} have no row in {features}, first: {first}")
+    report = [f"{matched.sum()} cells matched, {len(names)} features; metadata columns: {', '.join(other)}"]
+    absent = metadata[KEY][~matched]
+    if len(absent):
+        report.append(f"{len(absent)} cells of {described} have no row in {features}, first: {absent.iloc[0]}")
     if not matched.any():
-        raise InputError(f"{report[-1]}, but e.g. {table[KEY].iloc[0]}: 0 cells matched")
+        raise InputError(f"{report[-1]}, but e.g. {table[KEY][0]}: 0 cells matched")
     cells = annotate(metadata[matched].reset_index(drop=True))
     stems = cells["cell"].str.removesuffix(".npy")
     if "field" not in cells:
@@ -926,15 +933,31 @@ def crops(folder, features, channels, stored, size=SIZE, keep=None):
         jobs.append((rows, files[rows].to_numpy()))
     order = [stored.index(channel) for channel in channels]
     read = partial(read_crops, order=order, shape=(size, size, len(stored)))
-    return Source(cells, names, values[row[matched]], dropped, report, jobs, read)
+    return Source(
+        cells,
+        names,
+        values[row[matched]],
+        dropped,
+        report,
+        jobs,
+        read,
+    )
 
 
 def read_features(path, names, other):
     """The columns `other` of a CSV as a frame of text, and `names` as an array (N, F) float32. In pieces, or the text of half a
     million cells would fill the memory."""
-    text, values, line = [], [], 2
-    parts = pd.read_csv(path, dtype=dict.fromkeys(other, str), na_values=dict.fromkeys(names, EMPTY),
-                        keep_default_na=False, encoding="utf-8-sig", chunksize=ROWS_AT_ONCE)
+    text = []
+    values = []
+    line = 2
+    parts = pd.read_csv(
+        path,
+        dtype=dict.fromkeys(other, str),
+        na_values=dict.fromkeys(names, EMPTY),
+        keep_default_na=False,
+        encoding="utf-8-sig",
+        chunksize=ROWS_AT_ONCE,
+    )
     try:
         for part in parts:
             text.append(part[other])
@@ -955,30 +978,32 @@ def read_crops(files, wanted, order, shape):
         try:
             crop = np.load(file)
         except (OSError, ValueError, EOFError) as error:
-            bad[i] = f"{file}: missing or unreadable ({str(error)[:80]})"
+            bad[i] = f"{file}: missing or unreadable ({error})"
             continue
         if crop.shape == shape and crop.dtype == np.uint16:
             patches[i] = crop.transpose(2, 0, 1)[order]
         else:
-            found = f"{crop.dtype} {crop.shape}"
-            bad[i] = f"{file}: {found}, expected uint16 {shape}; see --size and --stored-order"
+            bad[i] = (f"{file}: {crop.dtype} {crop.shape}, expected uint16 {shape}; "
+                      "see --size and --stored-order")
     return patches, bad
 
 
 # Whole fields: TIFF files, with cells where CellProfiler found them
 
 
-def fields(folder, export, image_csv, channels, size=SIZE, keep=None, skip_bad=False, objects=None):
+def fields(folder, export, image_csv, channels, size, keep, skip_bad, objects):
     """The cells of CellProfiler's `export` whose crops lie inside their fields, TIFF files below `folder`.
     What a field is (plate, compound, ...) tells `image_csv`, or without it the export itself."""
     exported = read_export(export, channels[0], keep, skip_bad, objects)
-    cells, report = exported.cells, exported.report
+    cells = exported.cells
+    report = exported.report
     images = Images(folder)
     files = images.of(exported.images, channels, export)
     if image_csv:
         here = [row[0] for row in files]
         told = read_image_csv(image_csv, images, channels[0], here)
-        told = told.reindex(here).fillna("").iloc[cells["image"]].reset_index(drop=True)
+        told = told.reindex(here).fillna("")
+        told = told.iloc[cells["image"]].reset_index(drop=True)
         cells = cells[["cell", "field", "image", "x", "y"]].join(told)
 
     shape = np.full((len(files), 2), np.inf)            # height, width
@@ -988,15 +1013,13 @@ def fields(folder, export, image_csv, channels, size=SIZE, keep=None, skip_bad=F
         except InputError:
             if not skip_bad:                            # else said when the patches are read
                 raise
-    height, width = shape[cells["image"]].T
-    left = np.floor(cells["x"]) - size // 2
-    top = np.floor(cells["y"]) - size // 2
-    inside = (left >= 0) & (top >= 0) & (left + size <= width) & (top + size <= height)
-    if not inside.all():
-        first = cells["cell"][~inside].iloc[0]
-        report.append(f"{(~inside).sum()} of {len(cells)} cells lie less than half a crop from the edge of "
-                      "their field: "
-                      f"left out, first: {first}")
+    corner = np.floor(cells[["y", "x"]]) - size // 2
+    inside = (corner >= 0) & (corner + size <= shape[cells["image"]])
+    inside = inside.all(axis=1)
+    beyond = cells["cell"][~inside]
+    if len(beyond):
+        report.append(f"{len(beyond)} cells lie less than half a crop from the edge of their field: "
+                      f"left out, first: {beyond.iloc[0]}")
     cells = cells[inside].reset_index(drop=True)
 
     jobs = []
@@ -1004,7 +1027,15 @@ def fields(folder, export, image_csv, channels, size=SIZE, keep=None, skip_bad=F
         x, y = cells.loc[rows, ["x", "y"]].to_numpy().T
         jobs.append((rows, (files[i], x, y)))
     read = partial(read_field, size=size)
-    return Source(cells, exported.names, exported.values[inside], exported.dropped, report, jobs, read)
+    return Source(
+        cells,
+        exported.names,
+        exported.values[inside],
+        exported.dropped,
+        report,
+        jobs,
+        read,
+    )
 
 
 def read_image_csv(path, images, channel, here):
@@ -1041,26 +1072,24 @@ class Images:
             if name.endswith((".tif", ".tiff")) and not aside:
                 self.paths.setdefault(name, []).append(path)
         if not self.paths:
-            raise InputError(f"{folder}: no .tif or .tiff in it or below; give --images the folder of the "
-                             "fields")
+            raise InputError(f"{folder}: no .tif or .tiff in it or below; "
+                             "give --images the folder of the fields")
 
     def find(self, name, folder):
         """The path of file `name` (FileName_), whatever its case. Where it stands in several folders, the end of `folder`
         (PathName_, of any system) tells which; those that cannot be told apart are refused."""
         hits = self.paths.get(name.lower(), [self.folder / name])
-        if len(hits) == 1:
-            return hits[0]
-        wanted = folder.lower().replace("\\", "/").rstrip("/").split("/")
-        agree = []                  # how many folders, from the last on
+        wanted = re.split(r"[/\\]+", folder.lower().rstrip("/\\"))
+        agreeing = {}               # {how many folders agree, from the last on: paths}
         for path in hits:
-            own = path.parent.resolve().as_posix().lower().split("/")
-            agree.append(len(os.path.commonprefix([own[::-1], wanted[::-1]])))
-        best = np.flatnonzero(np.equal(agree, max(agree)))
+            own = path.resolve().as_posix().lower().split("/")
+            agree = os.path.commonprefix([own[-2::-1], wanted[::-1]])
+            agreeing.setdefault(len(agree), []).append(path)
+        best = agreeing[max(agreeing)]
         if len(best) > 1:
-            raise InputError(f"{hits[best[0]]} and {hits[best[1]]} have one name, and PathName_ {folder!r} "
-                             "does not tell "
-                             "which is meant; give --images the folder with one of them")
-        return hits[best[0]]
+            raise InputError(f"{best[0]} and {best[1]} have one name, and PathName_ {folder!r} does not "
+                             "tell which is meant; give --images the folder with one of them")
+        return best[0]
 
     def of(self, table, channels, where):
         """The files of each row of an Image table, in the order of `channels`; one that is named for two of them is refused."""
@@ -1069,17 +1098,14 @@ class Images:
         for channel in channels:
             names = table.get(f"FileName_{channel}")
             if names is None or (names == "").any():
-                has = ", ".join(table.filter(regex="^FileName_")) or "none"
-                raise InputError(f"{where}: has no FileName_{channel} for every field, it has {has}; see "
-                                 "--channels")
+                raise InputError(f"{where}: has no FileName_{channel} for every field, "
+                                 f"but {list(table)}; see --channels")
             folders = table.get(f"PathName_{channel}", [""] * len(table))
-            columns.append([self.find(*pair) for pair in zip(names, folders)])
+            columns.append(list(map(self.find, names, folders)))
         rows = list(zip(*columns))
         for files in rows:
             if len(set(files)) < len(files):
-                twice = max(files, key=files.count)
-                named = [channel for channel, file in zip(channels, files) if file == twice]
-                raise InputError(f"{where}: {twice.name} is named for two channels, {' and '.join(named)}; "
+                raise InputError(f"{where}: one file is named for two channels of {files[0].name}; "
                                  "mend the table")
         return rows
 
@@ -1090,51 +1116,31 @@ class Images:
 def read_tiff(path, header_only=False):
     """One grey field (H, W) uint16, 65535 what CellProfiler calls 1: of 8 or 16 bits, or of 32-bit floats in 0..1.
     header_only: just its (H, W). InputError says what is wrong with a file."""
-    kind = "no TIFF that Pillow knows"
     try:
-        with Image.open(path) as image:
-            compression = image.info.get("compression")
-            kind = f"a TIFF (compression {compression}), cut short, damaged, or of a kind that Pillow lacks"
-            tags = getattr(image, "tag_v2", {})
-            grey = image.mode in ("L", "I;16", "I;16B", "F") and tags.get(262, 1) == 1
-            if image.format != "TIFF" or not grey or image.n_frames > 1:
-                raise InputError(f"{path}: {image.format} of mode {image.mode}, expected a TIFF of one "
-                                 "page, one grey channel, "
-                                 "8 or 16 bits or 32-bit floats, black 0")
-            if header_only:
-                return image.height, image.width
-            pixels = read_strips(path, image, tags)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        with Image.open(path, formats=["TIFF"]) as image:
+            grey = image.mode in ("L", "I;16", "I;16B", "F")
+            black = image.tag_v2.get(262, 1)            # 0: the picture is a negative
+            pages = image.n_frames
+            shape = image.height, image.width
+            pixels = None if header_only else np.asarray(image)
     except (OSError, SyntaxError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: is {kind} ({error}); copy it again, or save it uncompressed or by "
-                         "LZW") from None
+        raise InputError(f"{path}: no TIFF that Pillow reads ({error}); "
+                         "copy it again, or save it by LZW") from None
+    if not grey or black != 1 or pages > 1:
+        raise InputError(f"{path}: mode {image.mode}, {pages} pages, expected one grey channel, one page, "
+                         "8 or 16 bits or 32-bit floats, black 0")
+    if header_only:
+        return shape
     if pixels.dtype == np.uint8:
         return pixels * np.uint16(257)
-    if pixels.dtype.kind == "f":
-        low, high = pixels.min(), pixels.max()
+    if pixels.dtype == np.float32:
+        low = pixels.min()
+        high = pixels.max()
         if not 0 <= low <= high <= 1:
-            raise InputError(f"{path}: 32-bit floats from {low:g} to {high:g}, expected 0 to 1; save it "
-                             "so, or as 16 bits")
-        return np.rint(pixels * FULL_SCALE).astype(np.uint16)
-    return pixels.astype(np.uint16, copy=False)
-
-
-def read_strips(path, image, tags):
-    """The pixels of an open TIFF, by Pillow; but uncompressed strips that lie end to end (BBBC021 has 342 of 3 rows) come by
-    one np.fromfile, two to ten times as fast."""
-    kind = {"L": "u1", "I;16": "<u2", "I;16B": ">u2"}.get(image.mode)
-    if kind and tags.get(259) == 1 and tags.get(266, 1) == 1:           # no compression, bits in the usual order
-        count = image.width * image.height
-        start = np.array(tags[273])
-        end = start + np.array(tags[279])
-        whole = end[-1] - start[0] == count * np.dtype(kind).itemsize
-        if whole and (start[1:] == end[:-1]).all():
-            pixels = np.fromfile(path, kind, count, offset=int(start[0]))
-            return pixels.reshape(image.height, image.width)
-    return np.asarray(image)
+            raise InputError(f"{path}: floats from {low:g} to {high:g}, expected 0 to 1; "
+                             "save it so, or as 16 bits")
+        pixels = np.rint(pixels * FULL_SCALE)
+    return pixels.astype(np.uint16)
 
 
 def read_channels(files):
@@ -1142,8 +1148,7 @@ def read_channels(files):
     channels = [read_tiff(file) for file in files]
     for file, channel in zip(files, channels):
         if channel.shape != channels[0].shape:
-            raise InputError(f"{file}: its size {channel.shape} differs from {files[0].name}'s, "
-                             f"{channels[0].shape}")
+            raise InputError(f"{file}: its size {channel.shape} differs from {files[0].name}'s")
     return np.stack(channels)
 
 
@@ -1156,16 +1161,16 @@ def measure_fields(folder, export, image_csv, channels, workers, skip_bad):
     """Segments and measures every field below `folder` and writes an export like CellProfiler's, one folder a field, at `export`.
     Fields whose folder is there already are not measured again, so that an interrupted call goes on."""
     if len(channels) != 3:
-        raise InputError(f"--channels {','.join(channels)}: measuring needs three, the nucleus first; or "
-                         "give --cellprofiler")
+        raise InputError(f"--channels {channels}: measuring needs three, the nucleus first; "
+                         "or give --cellprofiler")
     todo = []
     for number, files in enumerate(group_fields(folder, image_csv, channels), 1):
-        name = "_".join(files[0].relative_to(folder).with_suffix("").parts)
-        if not (export / name).exists():
-            todo.append((number, files, export / name))
+        target = export / "_".join(files[0].relative_to(folder).with_suffix("").parts)
+        if not target.exists():
+            todo.append((number, files, target))
     work = partial(measure_field, channels=channels, skip_bad=skip_bad)
     with closing(in_order(work, todo, workers)) as results:
-        for _ in with_progress(results, [1] * len(todo), "measured", "fields"):
+        for _ in with_progress(results, [1] * len(todo), "fields measured"):
             pass
 
 
@@ -1179,27 +1184,28 @@ def group_fields(folder, image_csv, channels):
         if not groups:
             raise InputError(f"{image_csv}: none of its images is below {folder}, first {named[0][0].name}")
         return groups
-    waves = {}                      # {(folder, name up to _w): [(number, path)]}
+    fields = {}                     # {(folder, name up to _w): {number: [paths]}}
     for paths in images.paths.values():
         for path in paths:
             match = re.match(r"(.+)_w(\d)", path.stem)
             if match:
-                waves.setdefault((path.parent, match[1]), []).append((match[2], path))
-    if not waves:
-        raise InputError(f"{folder}: no field; expected files named ..._w1..., _w2..., _w4..., or give "
-                         "--image-csv")
+                waves = fields.setdefault((path.parent, match[1]), {})
+                waves.setdefault(match[2], []).append(path)
+    if not fields:
+        raise InputError(f"{folder}: no field; expected files named ..._w1..., _w2..., _w4..., "
+                         "or give --image-csv")
     groups = []
-    for found in waves.values():
-        numbers_found, files = zip(*sorted(found))
-        if len(files) != len(channels) or len(set(numbers_found)) < len(files):
-            raise InputError(f"{files[0]}: {len(files)} files share its name up to _w, of numbers "
-                             f"{', '.join(numbers_found)}; "
-                             f"expected one for each of {', '.join(channels)}")
+    for waves in fields.values():
+        files = sum(waves.values(), [])             # paths are sorted, and so are the numbers
+        if len(files) != len(channels) or len(waves) < len(files):
+            raise InputError(f"{files[0]}: {len(files)} files share its name up to _w, "
+                             f"of numbers {list(waves)}; "
+                             f"expected one for each of {channels}")
         groups.append(files)
     return groups
 
 
-def measure_field(number, files, target, channels, skip_bad=False):
+def measure_field(number, files, target, channels, skip_bad):
     """Segments and measures one field, image `number`, and writes its four tables into the folder `target`."""
     try:
         field = read_channels(files)
@@ -1211,9 +1217,9 @@ def measure_field(number, files, target, channels, skip_bad=False):
     table = measure_objects(field, nuclei, cells, channels)
     if table.empty:
         return
-    keys = {"ImageNumber": number, "ObjectNumber": table.index, "Parent_Nuclei": table.index}
-    keys = pd.DataFrame(keys, table.index)
-    y, x = np.transpose(ndi.center_of_mass(nuclei > 0, nuclei, table.index))
+    label = table.index
+    keys = pd.DataFrame({"ImageNumber": number, "ObjectNumber": label, "Parent_Nuclei": label}, label)
+    y, x = np.transpose(ndi.center_of_mass(nuclei > 0, nuclei, label))
     placed = keys.assign(Location_Center_X=x, Location_Center_Y=y)
     features = table[sort_columns(table.columns)[0]]        # places in a square mean nothing
     image = pd.DataFrame({"ImageNumber": [number]})
@@ -1224,9 +1230,8 @@ def measure_field(number, files, target, channels, skip_bad=False):
     work = target.with_name(f".{target.name}-{os.getpid()}")
     work.mkdir(parents=True, exist_ok=True)
     write_csv(image, work / "Image.csv")
-    write_objects(placed, features, work, "Nuclei", float_format="%.8g")
-    write_objects(keys, features, work, "Cells", float_format="%.8g")
-    write_objects(keys, features, work, "Cytoplasm", float_format="%.8g")
+    for name, own in (("Nuclei", placed), ("Cells", keys), ("Cytoplasm", keys)):
+        write_objects(own, features, work, name, float_format="%.8g")
     if not target.exists():         # another preparation may have been faster
         os.replace(work, target)
 
@@ -1237,24 +1242,24 @@ def measure_objects(field, nuclei, cells, channels):
     margin = WINDOWS[-1]
     layers = np.concatenate([field, [nuclei, cells]]).astype(np.uint16)
     layers = np.pad(layers, ((0, 0), (margin, margin), (margin, margin)))
-    edges = []                      # first and last row, first and last column
-    for rows, columns in ndi.find_objects(cells):
-        edges.append([(rows.start, rows.stop), (columns.start, columns.stop)])
-    edges = np.reshape(edges, (-1, 2, 2)).astype(int)
-    middle = edges.sum(2) // 2 + margin
-    extent = np.ptp(edges, 2).max(1)
-    tables = [pd.DataFrame()]
-    for smaller, side in zip((0, *WINDOWS), WINDOWS):
-        labels = np.flatnonzero((extent > smaller) & (extent <= side)) + 1
-        if not len(labels):
+    sizes = {side: [] for side in WINDOWS}                  # {side: [(label, square)]}
+    for label, (rows, columns) in enumerate(ndi.find_objects(cells), 1):
+        extent = max(rows.stop - rows.start, columns.stop - columns.start)
+        if extent > margin:                                 # larger than any square: left out
             continue
-        squares = []
-        for r, c in middle[labels - 1] - side // 2:
-            squares.append(layers[:, r:r + side, c:c + side])
-        squares = np.stack(squares)
+        side = min(side for side in WINDOWS if side >= extent)
+        top = margin + (rows.start + rows.stop) // 2 - side // 2
+        left = margin + (columns.start + columns.stop) // 2 - side // 2
+        square = layers[:, top:top + side, left:left + side]
+        sizes[side].append((label, square))
+    tables = [pd.DataFrame()]
+    for found in sizes.values():
+        if not found:
+            continue
+        labels, squares = map(np.array, zip(*found))
         own = squares[:, -2:] == labels[:, None, None, None]
-        masks = (NUCLEUS * own[:, 0] + CELL * own[:, 1]).astype(np.uint8)
-        names, values = data.measure(squares[:, :-2], masks, channels)
+        masks = NUCLEUS * own[:, 0] + CELL * own[:, 1]
+        names, values = data.measure(squares[:, :-2], masks.astype(np.uint8), channels)
         tables.append(pd.DataFrame(values, labels, names))
     return pd.concat(tables).sort_index()
 
@@ -1288,10 +1293,9 @@ def split_cells(cells, by, seed):
             side[g] = np.argmax(target - have / len(cells))
             have[side[g]] += size[g]
     names = np.array(list(SHARES))
-    if (have == 0).any():
-        raise InputError(f"--split {by}: {len(size)} groups leave no cell for {names[have == 0][0]} (a "
-                         "group over 10 % of the "
-                         "cells always trains); use a finer --split or more cells")
+    if not have.all():
+        raise InputError(f"--split {by}: {len(size)} groups leave no cell for {names[have == 0]} (one of over "
+                         "10 % of the cells always trains); use a finer --split or more cells")
     return names[side[group]]
 
 
@@ -1323,27 +1327,34 @@ def columns_to_drop(values, names, moments, drop_duplicates):
     """{name: reason} for columns that are often missing, without spread (`moments` are those of the training cells) or, if asked,
     equal to an earlier one."""
     missing = 1 - np.isfinite(values).mean(0)
-    dropped, first = {}, {}
+    dropped = {}
+    first = {}              # {(mean, sd): column}
     for j, (name, count, mean, sd) in enumerate(zip(names, *moments)):
         twin = first.setdefault((mean, sd), j)
         if missing[j] > MAX_MISSING:
             dropped[name] = f"missing in over {MAX_MISSING:.0%} of the cells"
         elif count < 2 or sd <= 1e-7 * abs(mean):       # float32 holds 7 digits
             dropped[name] = "no spread over the training cells"
-        elif drop_duplicates and twin < j and np.array_equal(values[:, twin], values[:, j], equal_nan=True):
-            dropped[name] = f"identical to {names[twin]}"
+        elif drop_duplicates and twin < j:
+            if np.array_equal(values[:, twin], values[:, j], equal_nan=True):
+                dropped[name] = f"identical to {names[twin]}"
     return dropped
 
 
-def fill_missing(values, centre, scale):
-    """Puts the centre (F,) where `values` (N, F) are missing, in place. Returns how many of each column were missing, and how
-    many lie beyond CLIP standard deviations: those stay."""
-    imputed, clipped = np.zeros((2, len(centre)), int)
-    for block in in_chunks(values):
-        missing = ~np.isfinite(block)
-        np.copyto(block, centre, "same_kind", missing)
-        imputed += missing.sum(0)
-        clipped += (np.abs(block - centre) > CLIP * scale).sum(0)
+def fill_missing(values, names, centre, scale):
+    """Puts the centre (F,) where `values` (N, F) are missing, in place. Returns how many were missing, {name: count}, and how many
+    lie beyond CLIP standard deviations: those stay."""
+    imputed = {}
+    clipped = {}
+    for j, name in enumerate(names):
+        column = values[:, j]
+        missing = ~np.isfinite(column)
+        if missing.any():
+            column[missing] = centre[j]
+            imputed[name] = int(missing.sum())
+        beyond = np.abs(column - centre[j]) > CLIP * scale[j]
+        if beyond.any():
+            clipped[name] = int(beyond.sum())
     return imputed, clipped
 
 
@@ -1352,15 +1363,10 @@ def fill_missing(values, centre, scale):
 
 
 def begin_worker():
-    """A worker computes in one thread, leaves Ctrl-C to its parent and ends when that has died."""
-    def watch(parent=os.getppid()):
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
+    """A worker computes in one thread and leaves Ctrl-C to its parent."""
     data.keep_freed_memory()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def in_order(work, units, workers):
@@ -1369,7 +1375,8 @@ def in_order(work, units, workers):
         for unit in units:
             yield work(*unit)
         return
-    pool, ahead = ProcessPoolExecutor(workers, initializer=begin_worker), []
+    pool = ProcessPoolExecutor(workers, initializer=begin_worker)
+    ahead = []
     try:
         for unit in units:
             ahead.append(pool.submit(work, *unit))
@@ -1381,39 +1388,39 @@ def in_order(work, units, workers):
         pool.shutdown(cancel_futures=True)
 
 
-def with_progress(results, sizes, what, unit):
-    """The results as they come, and every 5 seconds a line. sizes: how many of `unit` each result is."""
-    done, total, said = 0, sum(sizes), 0
+def with_progress(results, sizes, what):
+    """The results as they come, and every 5 seconds a line. sizes: how much of `what` each result is."""
+    done = 0
+    said = 0
     begin = time.perf_counter()
     for size, result in zip(sizes, results):
         yield result
         done += size
         seconds = time.perf_counter() - begin
-        if seconds - said > 5 or done == total:
+        if seconds > said + 5 or done == sum(sizes):
             said = seconds
-            rate = done / seconds
-            left = (total - done) / rate
-            print(f"{what} {done}/{total} {unit} | {rate:.4g} {unit}/s | {left:.0f} s left", flush=True)
+            print(f"{done}/{sum(sizes)} {what} | {done / seconds:.4g}/s", flush=True)
 
 
 def write_patches(path, source, stay, shape, workers, skip_bad):
     """Writes the patches of the cells `stay` (N,) bool, job after job, as an array (n, *shape) uint16. A bad patch is refused by
     name, or with skip_bad left out. Returns the rows of source.cells that were written (n,), and why others were not."""
-    units, units_rows = [], []
+    units = []
+    units_rows = []
     for rows, what in source.jobs:
         wanted = np.flatnonzero(stay[rows])
         if len(wanted):
             units.append((what, wanted))
             units_rows.append(rows[wanted])
-    written, reasons = [], []
+    written = []
+    reasons = []
     header = {"descr": "<u2", "fortran_order": False, "shape": (0, *shape)}
     with open(path, "wb") as file, closing(in_order(source.read, units, workers)) as results:
         np.lib.format.write_array_header_1_0(file, header)
-        results = with_progress(results, [len(rows) for rows in units_rows], "patches", "cells")
+        results = with_progress(results, list(map(len, units_rows)), "cells")
         for (patches, bad), rows in zip(results, units_rows):        # results first: its end is the last line of progress
             if bad and not skip_bad:
-                first = next(iter(bad.values()))
-                raise InputError(f"{first}; mend it, or leave such cells out with --skip-bad")
+                raise InputError(f"{min(bad.values())}; mend it, or leave such cells out with --skip-bad")
             good = np.setdiff1d(np.arange(len(rows)), list(bad))
             file.write(patches[good].astype("<u2").tobytes())
             written.extend(rows[good])
@@ -1438,19 +1445,19 @@ def white_levels(path, rows):
     return white
 
 
-def write_folder(out, source, cells, stay, channels, size, options, workers=1, skip_bad=False):
+def write_folder(out, source, cells, stay, channels, size, options, workers, skip_bad):
     """Writes the prepared folder `out` of those cells (a frame like source.cells, completed) that `stay` (N,) bool.
     options: split, normalise, drop_duplicates, seed, and whatever else describes the call."""
     unfinished = out.with_name(out.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)       # of a preparation that was interrupted
-    work = unfinished / uuid.uuid4().hex                # two at the same time never mix: the later one goes on
+    work = unfinished / uuid.uuid4().hex                # of two at the same time one fails
     work.mkdir(parents=True)
 
     # Cells that stay: those with a measurement and a readable patch
     measured = np.isfinite(source.values).any(1)
-    lacking = stay & ~measured
-    if lacking.any():
-        print(f"{lacking.sum()} cells without measurements dropped, first: {cells['cell'][lacking].iloc[0]}")
+    lacking = cells["cell"][stay & ~measured]
+    if len(lacking):
+        print(f"{len(lacking)} cells without measurements dropped, first: {lacking.iloc[0]}")
     shape = len(channels), size, size
     rows, bad = write_patches(work / "patches.npy", source, stay & measured, shape, workers, skip_bad)
     if bad:
@@ -1470,16 +1477,16 @@ def write_folder(out, source, cells, stay, channels, size, options, workers=1, s
     dropped = source.dropped | columns_to_drop(values, source.names, moments, options["drop_duplicates"])
     column = [j for j, name in enumerate(source.names) if name not in dropped]
     if not column:
-        raise InputError("every feature was dropped, first " + ": ".join(next(iter(dropped.items()))))
+        raise InputError(f"every feature was dropped, e.g. because of {set(dropped.values())}")
     names = [source.names[j] for j in column]
     values = values.take(column, 1)
     _, centre, scale = np.take(moments, column, 1)
-    imputed, clipped = fill_missing(values, centre, scale)
+    imputed, clipped = fill_missing(values, names, centre, scale)
     np.save(work / "features.npy", values)
-    data.write(work / "cells.csv", partial(write_csv, cells[CELL_COLUMNS]))
+    write_csv(cells[CELL_COLUMNS], work / "cells.csv")
 
     counts = count(cells)
-    counts["unmeasured_cells"] = int(lacking.sum())
+    counts["unmeasured_cells"] = len(lacking)
     counts["bad_patches"] = len(bad)
     meta = {
         "format": data.FORMAT,
@@ -1492,8 +1499,8 @@ def write_folder(out, source, cells, stay, channels, size, options, workers=1, s
         "fitted_on": f"{len(train)} training cells",
         "white": white,
         "dropped": dropped,
-        "imputed": {name: int(k) for name, k in zip(names, imputed) if k},
-        "clipped": {name: int(k) for name, k in zip(names, clipped) if k},
+        "imputed": imputed,
+        "clipped": clipped,
         "counts": counts,
         "options": options,
         "checksums": {name: data.checksum(work / name) for name in data.FILES},
@@ -1517,24 +1524,18 @@ def count(cells):
 
 def describe(folder):
     """What a prepared folder holds, as text."""
-    counts, by = folder.meta["counts"], folder.meta["options"]["split"]
-    whole = [f"{k} {name}" for name, k in counts.items() if name != "split"]
-    shares = [f"{name} {k} ({k / len(folder):.1%})" for name, k in counts["split"].items()]
-    treatment = data.treatment_names(folder.cells)
-    absent = sorted(set(treatment) - set(treatment[folder.rows("train")]))
-    lines = [
-        f"{folder.path}: {', '.join(whole)}",
-        f"split by {by}: {', '.join(shares)}",
-        f"{len(absent)} treatments are not in training: {', '.join(absent[:8]) or 'none'}",
-        f"{len(folder.features)} features, normalise {folder.normalise}; {len(folder.meta['dropped'])} "
-        "columns set aside, meta.json says why",
-        f"{sum(folder.meta['imputed'].values())} values were missing and are the centre now; "
-        f"{sum(folder.meta['clipped'].values())} lie beyond {CLIP:g} sd",
-    ]
-    if by == "cell":
-        lines.append("as in the paper, cells of one field stand on both sides; --split plate is the honest "
-                     "test")
-    return "\n  ".join(lines)
+    counts = folder.meta["counts"].copy()
+    split = counts.pop("split")
+    counts = ", ".join(f"{k} {name}" for name, k in counts.items())
+    cells = pd.DataFrame({"treatment": folder.treatment, "split": folder.cells["split"]})
+    trained = cells.loc[cells["split"] == "train", "treatment"]
+    absent = np.delete(folder.treatments, trained.unique())
+    imputed = sum(folder.meta["imputed"].values())
+    clipped = sum(folder.meta["clipped"].values())
+    return (f"{folder.path}: {counts}\n"
+            f"  split: {split}; {len(absent)} treatments absent from training: {', '.join(absent[:5]) or 'none'}\n"
+            f"  {len(folder.features)} features, normalise {folder.normalise}; meta.json says why others are not\n"
+            f"  {imputed} values were missing and are the centre now; {clipped} lie beyond {CLIP:g} sd")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1542,15 +1543,13 @@ def describe(folder):
 
 
 def excluded(cells, path):
-    """Which cells (N,) bool a CSV names. It has some of the columns of cells.csv, under any usual name; a row is a combination."""
-    given = read_csv(path, dtype=str).rename(columns={"field": "Multi_Cell_Image_Name"})
-    table = annotate(given)
-    columns = list(table.columns)
-    if len(columns) < given.shape[1] or table.empty:
-        raise InputError(f"{path}: has columns {', '.join(given.columns)} and {len(given)} rows, expected "
-                         f"some of {', '.join(CELL_COLUMNS[:9])}, and a row for each combination")
-    if "compound" not in table:
-        table["compound"] = ""
+    """Which cells (N,) bool a CSV names. It has some of the columns of cells.csv; a row is a combination."""
+    table = read_csv(path, dtype=str)
+    columns = list(table)
+    if table.empty or not set(columns) <= set(cells):
+        raise InputError(f"{path}: has columns {columns} and {len(table)} rows, expected some of "
+                         f"{list(cells)}, and a row for each combination")
+    table = table.reindex(columns=cells.columns, fill_value="")
     table, _ = data.complete_treatments(table)          # doses as numbers, dmso as DMSO
     named = pd.MultiIndex.from_frame(table[columns])
     return pd.MultiIndex.from_frame(cells[columns]).isin(named)
@@ -1562,24 +1561,25 @@ def choose_cells(cells, exclude, limit, seed):
     report = []
     if exclude:
         stay = ~excluded(cells, exclude)
-        report.append(f"{(~stay).sum()} cells excluded by {exclude}")
-    if limit and stay.sum() > limit:
-        left = np.flatnonzero(stay)
-        drawn = np.random.default_rng([seed, 4]).choice(left, limit, replace=False)
-        stay = np.isin(np.arange(len(cells)), drawn)
-        report.append(f"{limit} of {len(left)} cells drawn (--limit, seed {seed})")
-    if not stay.any():
-        raise InputError("no cell is left after --exclude and --limit")
+        report.append(f"{len(cells) - stay.sum()} cells excluded by {exclude}")
+    left = np.flatnonzero(stay)
+    if limit and limit < len(left):
+        stay[:] = False
+        stay[np.random.default_rng([seed, 4]).choice(left, limit, replace=False)] = True
+        report.append(f"{limit} of {len(left)} cells drawn by --limit")
+    if not len(left):
+        raise InputError("no cell is left after --exclude")
     return stay, report
 
 
 def check_folder(path):
     """Compares the checksum of every file of a prepared folder; InputError if one has changed."""
     folder = data.open_folder(path)
-    for name in data.FILES:
-        if data.checksum(folder.path / name) != folder.meta["checksums"][name]:
-            raise InputError(f"{folder.path / name}: changed since it was prepared; prepare it again")
-        print(f"{folder.path / name}: as written")
+    for name, checksum in folder.meta["checksums"].items():
+        file = folder.path / name
+        if data.checksum(file) != checksum:
+            raise InputError(f"{file}: changed since it was prepared; prepare it again")
+        print(f"{file}: as written")
 
 
 def name_list(text):
@@ -1606,15 +1606,17 @@ def parse(argv):
         help="N simulated cells (default 4000)")
     source.add_argument("--crops", metavar="DIR",
         help="folder of crops, <stem>/<stem>_<k>.npy, with its metadata.csv")
-    source.add_argument("--images", metavar="DIR", help="whole fields: TIFF files anywhere below DIR")
+    source.add_argument("--images", metavar="DIR",
+        help="whole fields: TIFF files anywhere below DIR")
     source.add_argument("--check", metavar="DIR",
         help="compare every checksum of a prepared folder, write nothing")
     add = parser.add_argument
-    add("--out", metavar="DIR", help="the prepared folder to write")
+    add("--out", metavar="DIR",
+        help="the prepared folder to write")
     add("--write-release", metavar="DIR",
         help="with --simulate: write fields, BBBC021's tables and CellProfiler's instead")
     add("--features", metavar="TABLE",
-        help=f"with --crops: CSV of CellProfiler measurements, key column {KEY}")
+        help="with --crops: CSV of CellProfiler measurements, key column Single_Cell_Image_Id")
     add("--stored-order", type=name_list, default="DAPI,Actin,Tubulin", metavar="NAMES",
         help="with --crops: channels in the files' order (default %(default)s)")
     add("--cellprofiler", metavar="EXPORT",
@@ -1631,17 +1633,20 @@ def parse(argv):
         help="side of a patch (default %(default)s); that of the files with --crops")
     add("--moa", metavar="FILE",
         help="BBBC021_v1_moa.csv: mechanisms by compound and dose (default: the metadata's own)")
-    add("--columns", metavar="REGEX", help="keep only features that match, e.g. '^Nuclei_AreaShape'")
-    add("--drop-duplicates", action="store_true", help="drop features that are identical to an earlier one")
+    add("--columns", metavar="REGEX",
+        help="keep only features that match, e.g. '^Nuclei_AreaShape'")
+    add("--drop-duplicates", action="store_true",
+        help="drop features that are identical to an earlier one")
     add("--normalise", choices=["train", "plate-dmso"], default="train",
         help="features as measured, or in standard deviations of the DMSO cells of their own plate")
     add("--split", choices=["cell", "field", "well", "plate", "compound"], default="cell",
         help="unit that never stands in two splits (default cell, the paper)")
     add("--exclude", metavar="FILE",
         help="CSV of what to leave out: columns of cells.csv, a row for each combination. In BBBC021 taxol "
-             "0.3 uM is also the positive "
-             "control of every plate: name their wells by plate,well,compound,concentration")
-    add("--limit", type=at_least(1), metavar="N", help="only N cells, drawn by the seed")
+             "0.3 uM is also the positive control of every plate: name their wells by "
+             "plate,well,compound,concentration")
+    add("--limit", type=at_least(1), metavar="N",
+        help="only N cells, drawn by the seed")
     add("--skip-bad", action="store_true",
         help="leave out cells whose patch or field is missing or malformed, and count them")
     add("--seed", type=data.seed, default=0,
@@ -1654,16 +1659,11 @@ def parse(argv):
     if not (args.check or args.out or args.write_release):
         parser.error("--out DIR is needed: the prepared folder to write")
     if args.crops and not args.features:
-        parser.error(f"--crops needs --features TABLE: CellProfiler measurements with key column {KEY}")
+        parser.error("--crops needs --features TABLE: CellProfiler measurements")
     known = args.stored_order if args.crops else CHANNELS
     unknown = set(args.channels) - set(known)
     if len(args.channels) > 3 or unknown and not args.images:
-        parser.error(f"--channels {','.join(args.channels)}: expected one to three, "
-                     f"of {', '.join(known)} unless with --images")
-    try:
-        re.compile(args.columns or "")
-    except re.error as error:
-        parser.error(f"--columns {args.columns!r} is no regular expression ({error})")
+        parser.error(f"--channels {args.channels}: expected one to three of {known} unless with --images")
     return args
 
 
@@ -1677,9 +1677,8 @@ def main(argv=None):
     if out.exists():
         raise InputError(f"{out}: exists already; choose another name, or delete it")
     if args.write_release:
-        count = write_release(out, args.simulate, args.seed, args.size)
-        print(f"{out}: {count} fields; next: python prepare_bbbc021.py --images {out}/images "
-              f"--cellprofiler {out}/cellprofiler "
+        write_release(out, args.simulate, args.seed, args.size)
+        print(f"next: python prepare_bbbc021.py --images {out}/images --cellprofiler {out}/cellprofiler "
               f"--image-csv {out}/BBBC021_v1_image.csv --moa {out}/BBBC021_v1_moa.csv --out out/")
         return
 
@@ -1694,18 +1693,35 @@ def main(argv=None):
         if not export:
             export = Path(f"{out}.measured", "-".join(args.channels))
             measure_fields(args.images, export, args.image_csv, args.channels, args.workers, args.skip_bad)
-        source = fields(args.images, export, args.image_csv, args.channels, args.size, args.columns,
-                        args.skip_bad, args.objects)
+        source = fields(
+            args.images,
+            export,
+            args.image_csv,
+            args.channels,
+            args.size,
+            args.columns,
+            args.skip_bad,
+            args.objects,
+        )
     if not source.names:
-        raise InputError(f"no feature column (--columns {args.columns}); expected names like "
-                         "Nuclei_AreaShape_Area")
+        raise InputError("no feature column that --columns keeps; expected names like Nuclei_AreaShape_Area")
     cells, completed = data.complete_cells(source.cells, moa)
     stay, chosen = choose_cells(cells, args.exclude, args.limit, args.seed)
-    print("\n".join(source.report + completed + chosen))
+    print(*source.report, *completed, *chosen, sep="\n")
     options = vars(args).copy()
     for name in ("out", "workers", "check", "write_release"):
         del options[name]
-    write_folder(out, source, cells, stay, args.channels, args.size, options, args.workers, args.skip_bad)
+    write_folder(
+        out,
+        source,
+        cells,
+        stay,
+        args.channels,
+        args.size,
+        options,
+        args.workers,
+        args.skip_bad,
+    )
     print(describe(data.open_folder(out)))
     print(f"done in {time.perf_counter() - begin:.1f} s; next: python train.py --data {out}")
 
@@ -1714,7 +1730,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, re.error) as error:        # re.error: of --columns
         sys.exit(f"prepare_bbbc021.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

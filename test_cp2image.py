@@ -1,4 +1,18 @@
-"""The tests: `pytest -q`. Those that need the folder `shared` beside this one (real cells, golden numbers) skip without it."""
+"""The tests: `pytest -q`. Those that need the folder `shared` beside this one (real cells, golden numbers) skip without it.
+
+Contents, as words for `pytest -k`
+    released    the authors' code: golden numbers in float64     network     counts; fast layers against plain ones
+    step        what one training step does                      run         what train.py leaves; resuming, signals, refusals
+    edit        a student's changes act everywhere               generate    from a checkpoint and a table to pictures
+    folder, golden, measure, segment, moa                        data.py
+    simulated, crops, split, fields, tiff, refused               prepare_bbbc021.py; export: CellProfiler's exports
+    inception, frechet, kid, nsc, profiles, judged, features     evaluate.py
+    figures, sweep, controllability, coupling, algebra           interpolate.py
+    cuda                                                         first thing to run on a GPU
+LONG=1 adds checks of minutes. Every tolerance has its reason beside it.
+"""
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 import argparse
 import base64
@@ -36,7 +50,7 @@ import prepare_bbbc021 as prepare
 import train
 
 # ---------------------------------------------------------------------------------------------------------
-# common: Shared by the parts of the test file; the lead merges all into test_cp2image.py.
+# What all tests share: where files are, marks, a prepared folder and a short run.
 
 
 HERE = Path(__file__).resolve().parent
@@ -78,7 +92,7 @@ def refuses(text, function, *args, **kw):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# core: The tests of model.py and train.py.
+# The tests of model.py and train.py.
 
 
 train.VALIDATED = 8  # cells, not 512: seconds instead of minutes
@@ -1117,7 +1131,7 @@ def test_cuda_trains_and_the_cpu_draws_alike(kind, flags, folder_path, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# data: data.py: the prepared folder, batches, pictures, what a cell is called, segmenting and measuring.
+# data.py: the prepared folder, batches, pictures, what a cell is called, segmenting and measuring.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1711,7 +1725,7 @@ def test_segment_overlaps_the_true_masks_of_the_simulated_field():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# prepare: The way in: simulation, crops, fields, splits, the folder writer (words for -k: simulat, crop, tiff, field, split, refus, measured).
+# The way in: simulation, crops, fields, splits, the folder writer (words for -k: simulat, crop, tiff, field, split, refus, measured).
 
 
 CHANNELS = list(data.CHANNELS)
@@ -1731,63 +1745,38 @@ def rows_of(folder, names):
 # Simulation
 
 
-def one_cell(**changes):
-    """A row of the renderer's parameters for an average cell; keys are the ends of their names."""
-    row = {name: float(centre) for name, (centre, _) in prepare.PARAMETERS.items()}
-    for end, value in changes.items():
-        (name,) = [n for n in row if n.endswith(end)]
-        row[name] = value
-    return pd.DataFrame([row])
-
-
 def test_simulated_folder_holds_what_it_says(folder_path):
     folder = data.open_folder(folder_path)
     counts = folder.meta["counts"]
-    assert len(folder) == counts["cells"] == 400
     assert folder.patches.shape == (400, 3, 68, 68) and folder.patches.dtype == np.uint16
-    assert folder.channels == CHANNELS
     assert (folder.patches[:50] % 16 == 0).all()            # 12 bits in the high bits, as BBBC021
     assert (counts["mechanisms"], counts["treatments"], counts["plates"]) == (12, 27, 12)
-    assert {"Nuclei_AreaShape_Area", "Cytoplasm_AreaShape_Area", "Nuclei_Noise_0"} <= set(folder.features)
-    assert np.isfinite(folder.raw).all()
+    assert "Cytoplasm_AreaShape_Area" in folder.features and np.isfinite(folder.raw).all()
     assert len(list(folder_path.parent.iterdir())) == 1     # nothing else is left
 
 
-def test_renderer_draws_its_parameters():
+@pytest.mark.parametrize("area, angle", [(500, -60), (900, 0), (1400, 80)])
+def test_simulated_cells_are_drawn_as_their_parameters_say(area, angle):
     """Area, direction (CellProfiler: down-right is +45) and intensity of the drawn nucleus are those asked for."""
-    background = np.array(prepare.BACKGROUND)[:, None, None]
-    for area in (500, 900, 1400):
-        x = prepare.render(one_cell(Nuclei_AreaShape_Area=area, MeanIntensity_DAPI=0.2))[0] - background
-        mask = x[0] > 0.1 * 0.9                             # half of the nucleus' brightness
-        assert mask.sum() == pytest.approx(area, rel=0.06)
-        assert x[0][x[0] > 0.18 * 0.8].mean() == pytest.approx(0.2, rel=0.05)
-        assert np.array(np.nonzero(mask)).mean(1) == pytest.approx([33.5, 33.5], abs=1)
-    for angle in (-60, 0, 45, 80):
-        cell = one_cell(Nuclei_AreaShape_Eccentricity=0.9, Nuclei_AreaShape_Orientation=angle)
-        row, col = np.nonzero((prepare.render(cell)[0] - background)[0] > 0.06)
-        (rr, rc), (_, cc) = np.cov(row, col)
-        assert np.degrees(np.arctan2(2 * rc, rr - cc)) / 2 == pytest.approx(angle, abs=4)
+    cell = pd.DataFrame({name: [float(centre)] for name, (centre, _) in prepare.PARAMETERS.items()})
+    cell["Nuclei_AreaShape_Area"] = area
+    cell["Nuclei_AreaShape_Eccentricity"] = 0.9
+    cell["Nuclei_AreaShape_Orientation"] = angle
+    dapi = prepare.render(cell)[0, 0] - prepare.BACKGROUND[0]
+    row, col = np.nonzero(dapi > 0.05)                      # about half of the nucleus' brightness
+    assert len(row) == pytest.approx(area, rel=0.1)
+    assert dapi[dapi > 0.08].mean() == pytest.approx(0.12, rel=0.1)
+    (rr, rc), (_, cc) = np.cov(row, col)
+    assert np.degrees(np.arctan2(2 * rc, rr - cc)) / 2 == pytest.approx(angle, abs=4)
 
 
-def test_simulated_treatments_change_what_they_should():
-    cells, table = prepare.simulate_table(2000, 0)
-    area = table["Nuclei_AreaShape_Area"].groupby(cells["moa"]).median()
-    assert area["Aurora kinase inhibitors"] / area["DMSO"] == pytest.approx(1.6, abs=0.15)
-    assert cells.groupby("moa")["compound"].nunique().drop("DMSO").min() == 2       # NSC needs another compound
-    weeks = cells["plate"].str.split("_").str[0].groupby(cells["compound"]).nunique().drop("DMSO")
-    assert weeks.max() == 1                                 # a compound lives in one week
-
-
-def test_size_and_channels_are_those_asked_for(tmp_path):
+def test_simulated_size_and_channels_are_those_asked_for(tmp_path):
     """96 pixels show more of the same cells; the channels are a choice, in the order asked for."""
     small = prepare_to(tmp_path / "a", "--simulate", 100, "--channels", "Actin,DAPI")
     large = prepare_to(tmp_path / "b", "--simulate", 100, "--size", 96)
-    assert small.patches.shape == (100, 2, 68, 68) and small.channels == ["Actin", "DAPI"] and small.size == 68
-    assert large.patches.shape == (100, 3, 96, 96) and large.meta["size"] == large.size == 96
-    assert np.array_equal(small.raw, large.raw)
-    middle = large.patches[:, [2, 0], 14:-14, 14:-14].astype(float)
-    alike = np.corrcoef(middle.ravel(), small.patches[:].ravel().astype(float))[0, 1]
-    assert alike > 0.97                                     # the camera's noise differs
+    assert small.channels == ["Actin", "DAPI"] and large.size == 96 and np.array_equal(small.raw, large.raw)
+    middle = large.patches[:, [2, 0], 14:-14, 14:-14]
+    assert np.corrcoef(middle.ravel(), small.patches.ravel())[0, 1] > 0.97          # the camera's noise differs
 
 
 # Splits
@@ -1797,26 +1786,22 @@ def test_size_and_channels_are_those_asked_for(tmp_path):
 def test_no_group_in_two_splits(by):
     cells, _ = data.complete_cells(prepare.simulate_table(3000, 0)[0])
     cells["split"] = prepare.split_cells(cells, by, 0)
-    group = cells["plate"] + cells["well"] if by == "well" else cells[by]
+    group = ["plate", "well"] if by == "well" else by
     assert cells.groupby(group)["split"].nunique().max() == 1
-    share = cells["split"].value_counts(normalize=True)
-    assert share["train"] == pytest.approx(0.8, abs=0.06) and share["val"] == pytest.approx(0.1, abs=0.05)
+    assert (cells["split"] == "train").mean() == pytest.approx(0.8, abs=0.06)
     if by == "compound":
         assert set(cells["split"][cells["compound"] == "DMSO"]) == {"train"}        # over 10 % of all cells
-    assert (prepare.split_cells(cells, by, 0) == cells["split"]).all()
-    assert (prepare.split_cells(cells, by, 1) != cells["split"]).any()
 
 
 def test_a_split_that_would_be_empty_is_refused():
     cells, _ = data.complete_cells(prepare.simulate_table(500, 0)[0])
     week = cells[cells["plate"].str.startswith("Week1")].reset_index(drop=True)
-    refuses("--split plate: 3 groups leave no cell for val", prepare.split_cells, week, "plate", 0)
+    refuses("--split plate: 3 groups leave no cell for .'val'", prepare.split_cells, week, "plate", 0)
 
 
 # Crops
 
-RELEASED = {"cell": prepare.KEY, "field": "Multi_Cell_Image_Name", "plate": "Image_Metadata_Plate_DAPI", "well": "Image_Metadata_Well_DAPI",
-            "replicate": "Replicate", "compound": "Image_Metadata_Compound", "concentration": "Image_Metadata_Concentration", "moa": "moa"}
+RELEASED = {"cell": prepare.KEY, "field": "Multi_Cell_Image_Name", "moa": "moa", **prepare.RELEASED}
 
 
 @pytest.fixture(scope="session")
@@ -1824,17 +1809,16 @@ def crops_path(folder_path, tmp_path_factory):
     """The 400 cells as crops that circulate: stored DAPI, Actin, Tubulin, with metadata.csv and a table of features, shuffled."""
     out, folder = tmp_path_factory.mktemp("crops"), data.open_folder(folder_path)
     cells = folder.cells
-    for i, (field, cell) in enumerate(zip(cells["field"], cells["cell"])):
+    for field, cell, patch in zip(cells["field"], cells["cell"], folder.patches):
         (out / field).mkdir(exist_ok=True)
-        np.save(out / field / f"{cell}.npy", folder.patches[i][[0, 2, 1]].transpose(1, 2, 0))
+        np.save(out / field / f"{cell}.npy", patch[[0, 2, 1]].transpose(1, 2, 0))
     metadata = cells.rename(columns=RELEASED)[list(RELEASED.values())]
     metadata[prepare.KEY] += ".npy"
     metadata.sample(frac=1, random_state=0).to_csv(out / "metadata.csv", index=False)
     table = pd.DataFrame(np.array(folder.raw), columns=folder.features)
-    table.insert(0, prepare.KEY, cells["cell"] + ".npy")
-    table["segmentation_ok"], table["Nuclei_Location_Center_X"] = 1, 34.5
-    table["Cells_AreaShape_Flat"], table["Cells_AreaShape_Copy"] = 7.0, table["Cells_AreaShape_Area"]
-    table["Nuclei_Texture_Holes"] = np.where(np.arange(400) % 10 == 0, np.nan, np.arange(400.0))    # 10 % missing
+    table.insert(0, prepare.KEY, metadata[prepare.KEY])
+    table["Nuclei_Location_Center_X"], table["Cells_AreaShape_Flat"], table["Cells_AreaShape_Copy"] = 34.5, 7.0, table["Cells_AreaShape_Area"]
+    table["Nuclei_Texture_Holes"] = table.index.where(table.index % 10 > 0)         # 10 % missing
     table.loc[5, "Nuclei_AreaShape_Area"] = np.nan
     table.loc[7, table.columns[1:]] = np.nan
     table.sample(frac=1, random_state=1).to_csv(out / "features.csv", index=False)
@@ -1848,8 +1832,7 @@ def crops_command(path, *more):
 def test_crops_join_by_name(folder_path, crops_path, tmp_path, capsys):
     folder, original = prepare_to(tmp_path / "c", *crops_command(crops_path)), data.open_folder(folder_path)
     said = capsys.readouterr().out
-    for text in ("400 cells matched", "1 cells without measurements dropped, first: ", "metadata columns: Single_Cell_Image_Id, seg"):
-        assert text in said
+    assert "400 cells matched" in said and "1 cells without measurements dropped, first: " in said
     rows = rows_of(original, folder.cells["cell"].str.removesuffix(".npy"))
     assert len(folder) == 399 and 7 not in rows                         # row 7 has no measurement
     assert (folder.patches[:] == original.patches[rows]).all()          # channels back in order
@@ -1857,71 +1840,53 @@ def test_crops_join_by_name(folder_path, crops_path, tmp_path, capsys):
     same = np.isclose(folder.raw[:, column], original.raw[rows], rtol=1e-5)         # the CSV has 7 digits or so
     assert (~same).sum() == 1 and folder.meta["imputed"] == {"Nuclei_AreaShape_Area": 1}
     j = folder.features.index("Nuclei_AreaShape_Area")
-    assert folder.raw[np.flatnonzero(rows == 5)[0], j] == pytest.approx(folder.meta["centre"][j], rel=1e-6)
-    dropped = folder.meta["dropped"]
-    assert dropped["Nuclei_Location_Center_X"].startswith("a place") and dropped["Cells_AreaShape_Flat"].startswith("no spread")
-    assert "missing" in dropped["Nuclei_Texture_Holes"] and "Cells_AreaShape_Copy" in folder.features
+    assert folder.raw[rows == 5, j] == pytest.approx(folder.meta["centre"][j], rel=1e-6)
+    for name, reason in (("Nuclei_Location_Center_X", "place"), ("Cells_AreaShape_Flat", "no spread"), ("Nuclei_Texture_Holes", "missing")):
+        assert reason in folder.meta["dropped"][name]
 
 
 def test_options_of_preparation(crops_path, tmp_path):
     folder = prepare_to(tmp_path / "a", *crops_command(crops_path), "--drop-duplicates", "--columns", "^Cells_AreaShape", "--limit", 200)
     assert len(folder) == 200 and all(f.startswith("Cells_AreaShape") for f in folder.features)
     assert folder.meta["dropped"]["Cells_AreaShape_Copy"] == "identical to Cells_AreaShape_Area"
-    assert folder.meta["dropped"]["Nuclei_AreaShape_Area"] == "not kept by --columns"
     other = prepare_to(tmp_path / "b", *crops_command(crops_path), "--stored-order", "Actin,DAPI,Tubulin", "--channels", "Tubulin,Actin")
-    a, b = folder.patches[0], other.patches[rows_of(other, folder.cells["cell"][:1])[0]]
-    assert (b == a[[1, 0]]).all()       # DAPI, Actin, Tubulin called Actin, DAPI, Tubulin
+    rows = rows_of(other, folder.cells["cell"])
+    assert (other.patches[rows] == folder.patches[:, [1, 0]]).all()     # DAPI, Actin, Tubulin called Actin, DAPI, Tubulin
 
 
-def test_exclude_tells_controls_from_the_treatment(tmp_path):
+@pytest.mark.parametrize("text, stay", [("plate,well,compound,concentration\n22123,B11,taxol,0.300000012\n", [1, 0, 1, 1, 1]),
+                                        ("compound\ndmso\n", [1, 1, 1, 1, 0])])
+def test_exclude_tells_controls_from_the_treatment(tmp_path, text, stay):
     """A row of --exclude is one combination, doses are numbers, the solvent has any spelling."""
     cells = pd.DataFrame({"plate": ["22123", "22123", "40111", "22123", "1"], "well": ["D05", "B11", "D05", "B11", "A1"],
                           "compound": ["taxol"] * 4 + ["DMSO"], "concentration": [0.3, 0.3, 0.3, 1.0, 0.0]})
-    (tmp_path / "a.csv").write_text("Metadata_Plate,well,compound,concentration\n22123,B11,taxol,0.300000012\n")
-    stay, report = prepare.choose_cells(cells, tmp_path / "a.csv", None, 0)
-    assert stay.tolist() == [True, False, True, True, True] and report[0].startswith("1 cells excluded")
-    (tmp_path / "b.csv").write_text("compound\ndmso\n")
-    assert prepare.choose_cells(cells, tmp_path / "b.csv", None, 0)[0].tolist() == [True] * 4 + [False]
+    (tmp_path / "a.csv").write_text(text)
+    assert prepare.choose_cells(cells, tmp_path / "a.csv", None, 0)[0].tolist() == stay
 
 
 def test_plate_dmso_writes_features_in_units_of_their_plate(crops_path, tmp_path):
+    """Also on held-out plates, whose DMSO cells become reference."""
     folder = prepare_to(tmp_path / "p", *crops_command(crops_path), "--normalise", "plate-dmso")
-    cells = folder.cells
-    assert folder.normalise == "plate-dmso" and folder.centre.ndim == 1
-    dmso = cells["compound"] == "DMSO"
-    for plate in set(cells["plate"]):
-        here = cells["plate"] == plate
-        own = np.array(folder.raw[here & dmso], float)
+    assert folder.normalise == "plate-dmso"
+    cells = folder.cells[folder.cells["compound"] == "DMSO"]
+    assert set(cells["split"]) == {"reference", "train"} and cells.groupby("plate")["split"].nunique().max() == 1
+    for rows in cells.groupby("plate").groups.values():
+        own = np.array(folder.raw[rows], float)
         assert np.abs(own.mean(0)).max() < 1e-4             # every plate is centred on its own DMSO cells
         spread = own.std(0)
         assert np.allclose(spread[spread > 0], 1, atol=1e-4)
-        held_out = not (here & (cells["split"] == "train")).any()
-        assert set(cells["split"][here & dmso]) == ({"reference"} if held_out else {"train"})
-    (tmp_path / "no.csv").write_text(f"plate,compound\n{plate},DMSO\n")
-    refuses(f"plate {plate}: 0 rows of DMSO", prepare_to, tmp_path / "q",
-            *crops_command(crops_path), "--normalise", "plate-dmso", "--exclude", tmp_path / "no.csv")
-
-
-def test_plate_dmso_is_scaled_by_training_cells_where_there_are_some():
-    cells = pd.DataFrame({"plate": "1", "compound": ["DMSO"] * 3 + ["taxol"], "split": ["train", "train", "test", "test"]})
-    z = prepare.in_plate_units(np.array([[0], [2], [10], [5]], np.float32), cells)
-    assert z[:, 0].tolist() == [-1, 1, 9, 4] and list(cells["split"]) == ["train", "train", "test", "test"]
 
 
 def test_workers_and_limit_do_not_change_a_cell(folder_path, tmp_path, monkeypatch):
     """Also with workers that start afresh, as on Windows and a Mac."""
-    monkeypatch.setattr(prepare, "ProcessPoolExecutor", spawned)
+    fresh = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", partial(ProcessPoolExecutor, mp_context=fresh))
     prepare.main(["--simulate", "400", "--out", str(tmp_path / "w"), "--split", "plate", "--workers", "2", "--limit", "40"])
     few, whole = data.open_folder(tmp_path / "w"), data.open_folder(folder_path)
     assert len(few) == 40 and (few.patches[:] == whole.patches[rows_of(whole, few.cells["cell"])]).all()
 
 
-def spawned(workers, **options):
-    from concurrent.futures import ProcessPoolExecutor
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), **options)
-
-
-def test_bad_crops_are_refused_or_left_out_by_name(crops_path, tmp_path, capsys):
+def test_bad_crops_are_refused_or_left_out_by_name(crops_path, tmp_path):
     spoiled = tmp_path / "crops"
     shutil.copytree(crops_path, spoiled)
     files = sorted(spoiled.rglob("*.npy"))
@@ -1933,7 +1898,6 @@ def test_bad_crops_are_refused_or_left_out_by_name(crops_path, tmp_path, capsys)
     assert not (tmp_path / "x").exists()
     folder = prepare_to(tmp_path / "x", *crops_command(spoiled), "--skip-bad")
     assert len(folder) == 396 and folder.meta["counts"]["bad_patches"] == 3
-    assert "3 bad patches skipped" in capsys.readouterr().out
     whole = prepare_to(tmp_path / "y", *crops_command(crops_path))
     assert (folder.patches[:] == whole.patches[rows_of(whole, folder.cells["cell"])]).all()
 
@@ -1947,7 +1911,7 @@ REFUSED_TABLES = {
     "text where a number should be": (text_in, r"t.csv, row 5, column Cells_AreaShape_Area: 'large' is not a number"),
     "no key": (lambda t: t.rename(columns={prepare.KEY: "id"}), "no key column 'Single_Cell_Image_Id'"),
     "doubled key": (lambda t: pd.concat([t, t[:1]]), "stands in more than one row"),
-    "no feature": (lambda t: t[[prepare.KEY, "segmentation_ok"]], "no feature column"),
+    "no feature": (lambda t: t[[prepare.KEY]], "no feature column"),
     "other cells": (lambda t: t.assign(**{prepare.KEY: "x" + t[prepare.KEY]}), "400 cells of .* first: .*: 0 cells matched"),
     "nothing measured": (lambda t: t.assign(**dict.fromkeys(t.columns[1:], "")), "no cell has both a patch and measurements"),
     "all the same": (lambda t: t.assign(**dict.fromkeys(t.columns[1:], "1")), "every feature was dropped"),
@@ -1960,7 +1924,6 @@ def test_refused_tables(case, crops_path, tmp_path):
     table = pd.read_csv(crops_path / "features.csv", dtype=str, keep_default_na=False)
     change(table).to_csv(tmp_path / "t.csv", index=False)
     refuses(message, prepare_to, tmp_path / "o", "--crops", crops_path, "--features", tmp_path / "t.csv")
-    assert not (tmp_path / "o").exists()
 
 
 def test_refused_calls(crops_path, folder_path, tmp_path, capsys):
@@ -1968,14 +1931,8 @@ def test_refused_calls(crops_path, folder_path, tmp_path, capsys):
     for argv, message in [
         (["--simulate"], "--out DIR is needed"),
         (["--crops", "x", "--out", "y"], "needs --features"),
-        (["--simulate", "5", "--out", "y"], "expected a whole number of 100 or more"),
-        (["--simulate", "--size", "3", "--out", "y"], "expected a whole number of 16 or more"),
-        (["--simulate", "--channels", "DAPI,DNA", "--out", "y"], "of DAPI, Tubulin, Actin unless with --images"),
-        (["--simulate", "--channels", "DAPI,DAPI", "--out", "y"], "expected different names"),
+        (["--simulate", "--channels", "DAPI,DNA", "--out", "y"], "unless with --images"),
         (["--simulate", "--write-release", "r", "--out", "o"], "--write-release DIR goes with"),
-        (["--simulate", "--seed", str(2 ** 63), "--out", "o"], "expected 0 to"),
-        (["--images", "x", "--objects", "Nucleus=A", "--out", "y"], "expected Nuclei=NAME"),
-        ([*crop_args, "--out", "y", "--columns", "("], "no regular expression"),
     ]:
         with pytest.raises(SystemExit):
             prepare.main(argv)
@@ -1984,7 +1941,7 @@ def test_refused_calls(crops_path, folder_path, tmp_path, capsys):
     (tmp_path / "all.csv").write_text("replicate\n1\n2\n3\n")
     for argv, message in [
         (["--crops", tmp_path / "none", "--features", crops_path / "features.csv"], "none/metadata.csv"),
-        ([*crop_args, "--exclude", tmp_path / "plat.csv"], "has columns plat and 1 rows, expected some of"),
+        ([*crop_args, "--exclude", tmp_path / "plat.csv"], "has columns .*plat.* and 1 rows, expected some of"),
         ([*crop_args, "--exclude", tmp_path / "all.csv"], "no cell is left after"),
         ([*crop_args, "--size", "64"], r"uint16 \(68, 68, 3\), expected uint16 \(64, 64, 3\); see --size"),
     ]:
@@ -1993,11 +1950,10 @@ def test_refused_calls(crops_path, folder_path, tmp_path, capsys):
     refuses("not a prepared folder", prepare.main, ["--check", str(tmp_path)])
 
 
-def test_changed_folders_are_noticed(folder_path, tmp_path, capsys):
+def test_changed_folders_are_noticed(folder_path, tmp_path):
     copied = tmp_path / "copy"
     shutil.copytree(folder_path, copied)
     prepare.main(["--check", str(copied)])
-    assert capsys.readouterr().out.count("as written") == 3
     with open(copied / "features.npy", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
@@ -2022,66 +1978,19 @@ def test_a_killed_preparation_leaves_no_folder_and_starts_again(crops_path, tmp_
         assert (again.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
-def test_two_preparations_at_once_do_not_mix(crops_path, tmp_path, monkeypatch):
-    """A second one into the same folder begins in the middle of the first: the first, when it goes on, fails, and writes nothing."""
-    out, levels = tmp_path / "out", prepare.white_levels
-
-    def stalls(*_):
-        raise KeyboardInterrupt
-
-    def meanwhile(*args):
-        monkeypatch.setattr(prepare, "white_levels", stalls)
-        with pytest.raises(KeyboardInterrupt):
-            prepare_to(out, *crops_command(crops_path), "--columns", "^Nuclei")
-        return levels(*args)
-    monkeypatch.setattr(prepare, "white_levels", meanwhile)
-    with pytest.raises(OSError):
-        prepare_to(out, *crops_command(crops_path))
-    assert not out.exists()
-
-
 # Pixels
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_tiff_kinds_reach_one_scale(tmp_path, dtype, compression):
-    """8 and 16 bits and floats in 0..1, as illumination correction leaves them, in strips of any height."""
+@pytest.mark.parametrize("dtype, factor", [(np.uint8, 1), (np.uint16, 257), (np.float32, 1 / 255)])
+def test_tiff_kinds_reach_one_scale(tmp_path, dtype, factor, compression):
+    """8 and 16 bits and floats in 0..1, as illumination correction leaves them."""
     field = np.arange(70 * 90).reshape(70, 90) * 37 % 256
-    stored = {"uint8": field, "uint16": field * 257, "float32": field / 255}[np.dtype(dtype).name].astype(dtype)
     path = tmp_path / "a.tif"
-    for strip in (3, 70):
-        Image.fromarray(stored).save(path, compression=compression, tiffinfo={278: strip})
-        read = prepare.read_tiff(path)
-        assert read.dtype == np.uint16 and np.array_equal(read, field * 257)
-        assert prepare.read_tiff(path, header_only=True) == (70, 90)
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-    refuses("a.tif: is .*(cut short|no TIFF)", prepare.read_tiff, path)
-
-
-@pytest.mark.parametrize("order, swap, black", [("<", False, 1), (">", False, 1), ("<", True, 1), ("<", False, 0)])
-def test_tiff_bytes(tmp_path, order, swap, black):
-    """Big-endian, strips out of order, white as 0: written by hand."""
-    def pack(kind, *values):
-        return np.array(values, order + kind).tobytes()
-    field = np.arange(24, dtype=np.uint16).reshape(6, 4) * 1000
-    halves = (field[3:], field[:3]) if swap else (field[:3], field[3:])
-    pixels = b"".join(half.astype(order + "u2").tobytes() for half in halves)
-    tags = [(256, 1, 4), (257, 1, 6), (258, 1, 16), (259, 1, 1), (262, 1, black), (273, 2, 0), (277, 1, 1), (278, 1, 3), (279, 2, 0)]
-    end = 8 + len(pixels) + 2 + 12 * len(tags) + 4
-    ifd = pack("u2", len(tags))
-    for tag, n, value in tags:
-        ifd += pack("u2", tag, 3 if n == 1 else 4) + pack("u4", n)
-        ifd += pack("u2", value, 0) if n == 1 else pack("u4", end + 8 * (tag == 279))
-    path = tmp_path / "a.tif"
-    head = b"II*\0" if order == "<" else b"MM\0*"
-    strips = (32, 8) if swap else (8, 32)
-    path.write_bytes(head + pack("u4", 8 + len(pixels)) + pixels + ifd + pack("u4", 0) + pack("u4", *strips) + pack("u4", 24, 24))
-    if black:
-        assert np.array_equal(prepare.read_tiff(path), field)
-    else:
-        refuses("black 0", prepare.read_tiff, path)
+    Image.fromarray((field * factor).astype(dtype)).save(path, compression=compression)
+    read = prepare.read_tiff(path)
+    assert read.dtype == np.uint16 and np.array_equal(read, field * 257)
+    assert prepare.read_tiff(path, header_only=True) == (70, 90)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -2090,19 +1999,14 @@ def test_tiff_refusals_say_what_the_file_is(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "rgb.tif")
     grey.save(tmp_path / "png.tif", "PNG")
     grey.save(tmp_path / "two.tif", save_all=True, append_images=[grey])
-    for name in ("rgb.tif", "png.tif", "two.tif"):
-        refuses(f"{name}: .* expected a TIFF of one page, one grey channel", prepare.read_tiff, tmp_path / name)
-    grey.save(tmp_path / "zstd.tif")
-    tiff = (tmp_path / "zstd.tif").read_bytes()
-    compression = np.array([259, 3, 1, 0, 1, 0], "<u2").tobytes()
-    assert compression in tiff
-    (tmp_path / "zstd.tif").write_bytes(tiff.replace(compression, np.array([259, 3, 1, 0, 50000, 0], "<u2").tobytes()))
-    refuses("zstd.tif: is a TIFF .compression zstd.", prepare.read_tiff, tmp_path / "zstd.tif")
     Image.fromarray(np.full((8, 8), 300, np.float32)).save(tmp_path / "float.tif")
-    refuses("float.tif: 32-bit floats from 300 to 300, expected 0 to 1", prepare.read_tiff, tmp_path / "float.tif")
-    (tmp_path / "text.tif").write_bytes(b"hello")
-    refuses("text.tif: is no TIFF that Pillow knows", prepare.read_tiff, tmp_path / "text.tif")
-    refuses("absent.tif: no such file", prepare.read_tiff, tmp_path / "absent.tif")
+    grey.save(tmp_path / "negative.tif")
+    black = np.array([262, 3, 1, 0, 1, 0], "<u2").tobytes()
+    white = np.array([262, 3, 1, 0, 0, 0], "<u2").tobytes()
+    (tmp_path / "negative.tif").write_bytes((tmp_path / "negative.tif").read_bytes().replace(black, white))
+    for name, text in (("rgb", "mode RGB, 1 pages, expected one grey"), ("two", "2 pages, expected"), ("negative", "black 0"), ("absent", "No such file"),
+                       ("png", "no TIFF that Pillow reads"), ("float", "floats from 300 to 300, expected 0 to 1")):
+        refuses(f"{name}.tif: .*{text}", prepare.read_tiff, tmp_path / f"{name}.tif")
 
 
 def test_fields_images_are_found_by_name_and_folder(tmp_path):
@@ -2116,9 +2020,8 @@ def test_fields_images_are_found_by_name_and_folder(tmp_path):
         assert images.find("a.tif", folder) == tmp_path / found
     refuses("have one name, and PathName_ 'W3' does not tell", images.find, "a.tif", "W3")
     refuses("no .tif", prepare.Images, tmp_path / "none")
-    table = pd.DataFrame({"FileName_A": ["a.tif"], "PathName_A": ["W1"], "FileName_B": ["A.tif"], "PathName_B": ["W1"]})
-    refuses("a.tif is named for two channels, A and B", images.of, table, ["A", "B"], "x")
-    refuses("x: has no FileName_C for every field, it has FileName_A, FileName_B", images.of, table, ["C"], "x")
+    table = pd.DataFrame({"FileName_A": ["b.tiff"], "FileName_B": ["B.tiff"]})
+    refuses("one file is named for two channels of b.TIFF", images.of, table, ["A", "B"], "x")
 
 
 @needs_shared
@@ -2155,66 +2058,39 @@ def test_release_gives_the_simulated_cells(tmp_path, release):
     """Fields and tables written as BBBC021 and CellProfiler do, read back: every cell has its own patch and measurements."""
     direct = prepare_to(tmp_path / "direct", "--simulate", 100)
     read = prepare_to(tmp_path / "read", *fields_command(release))
-    assert b"\r" in (release / "BBBC021_v1_moa.csv").read_bytes()
     assert np.array_equal(direct.patches, read.patches) and len(read) == 100
     assert np.array_equal(direct.raw, read.raw[:, [read.features.index(f) for f in direct.features]])
-    told = [c for c in data.CELL_COLUMNS if c not in ("cell", "field")]
-    assert direct.cells[told].astype(str).equals(read.cells[told].astype(str))
-    cells = pd.read_csv(release / "cellprofiler/Cells.csv")
-    assert (cells["ObjectNumber"] != cells["Parent_Nuclei"]).mean() > 0.8           # numbers pair nothing
+    told = ["plate", "well", "site", "replicate", "compound", "concentration", "moa", "split"]
+    assert direct.cells[told].equals(read.cells[told])
     refuses("exists already", prepare.main, ["--simulate", "100", "--write-release", str(release)])
 
 
 def test_options_work_for_fields(tmp_path, release):
     every = prepare_to(tmp_path / "a", *fields_command(release))
-    few = prepare_to(tmp_path / "b", *fields_command(release, "--limit", 40, "--size", 40))
+    few = prepare_to(tmp_path / "b", *fields_command(release, "--limit", 40, "--size", 40, "--channels", "DAPI,Actin"))
     rows = rows_of(every, few.cells["cell"])
-    assert len(few) == 40 and np.array_equal(every.patches[rows][..., 14:-14, 14:-14], few.patches)
-    bare = prepare_to(tmp_path / "d", "--images", release / "images", "--cellprofiler", release / "cellprofiler", "--channels", "Actin,DAPI")
-    assert bare.channels == ["Actin", "DAPI"] and np.array_equal(bare.patches, every.patches[:, [2, 0]])
-    assert set(bare.cells["compound"]) == {"unknown"} and bare.cells["concentration"].isna().all()
-
-
-def test_fields_whose_names_repeat_and_change_case(tmp_path, release):
-    """The folder tells equal names apart, in the export (absolute) and in --image-csv (relative); endings have any case."""
-    whole = prepare_to(tmp_path / "a", *fields_command(release))
-    image = pd.read_csv(release / "BBBC021_v1_image.csv", dtype=str)
-    own = pd.read_csv(release / "cellprofiler/Image.csv", dtype=str)
-    for channel, wave in zip(CHANNELS, "124"):
-        for i, name in enumerate(image[f"Image_FileName_{channel}"]):
-            (release / f"images/well{i}").mkdir(exist_ok=True)
-            shutil.move(next((release / "images").rglob(name)), release / f"images/well{i}/w{wave}.TIF")
-        own[f"FileName_{channel}"] = image[f"Image_FileName_{channel}"] = f"w{wave}.tif"
-        image[f"Image_PathName_{channel}"] = [f"well{i}" for i in range(len(image))]
-        own[f"PathName_{channel}"] = f"{release}/images/" + image[f"Image_PathName_{channel}"]
-    image.to_csv(release / "BBBC021_v1_image.csv", index=False)
-    own.to_csv(release / "cellprofiler/Image.csv", index=False)
-    again = prepare_to(tmp_path / "b", *fields_command(release))
-    assert np.array_equal(whole.patches, again.patches) and np.array_equal(whole.raw, again.raw)
-    assert (whole.cells["well"] == again.cells["well"]).all()
+    assert len(few) == 40 and np.array_equal(every.patches[rows][:, [0, 2], 14:-14, 14:-14], few.patches)
 
 
 def test_bad_fields_are_refused_or_left_out_by_name(tmp_path, release, capsys):
     """A missing, cut or wrongly sized file; with --skip-bad its cells are left out. Crops beyond the edge are dropped."""
-    files = {c: sorted((release / "images").rglob(f"*_{w}.tif")) for c, w in zip(CHANNELS, ("w1", "w2", "w4"))}
     nuclei = pd.read_csv(release / "cellprofiler/Nuclei.csv")
-    nuclei.loc[0, "Location_Center_X"], nuclei.loc[1, "Location_Center_Y"] = 33.99, 512 - 33.0
-    nuclei.loc[2, ["Location_Center_X", "Location_Center_Y"]] = 34.0
+    nuclei.loc[:2, "Location_Center_X"] = [33.99, 60, 34]
+    nuclei.loc[:2, "Location_Center_Y"] = [60, 512 - 33.0, 34]
     nuclei.to_csv(release / "cellprofiler/Nuclei.csv", index=False)
     whole = prepare_to(tmp_path / "a", *fields_command(release))
-    assert len(whole) == 98 and "2 of 100 cells lie less than half a crop" in capsys.readouterr().out
-    assert np.array_equal(whole.patches[0, 0], np.asarray(Image.open(files["DAPI"][0]))[:68, :68])
+    assert len(whole) == 98 and "2 cells lie less than half a crop" in capsys.readouterr().out
 
-    Image.fromarray(np.zeros((100, 100), np.uint16)).save(files["Tubulin"][2])
-    refuses(f"{files['Tubulin'][2].name}: its size", prepare_to, tmp_path / "b", *fields_command(release))
-    files["Actin"][0].write_bytes(files["Actin"][0].read_bytes()[:1000])
-    refuses(f"{files['Actin'][0].name}: is a TIFF .* cut short.*--skip-bad", prepare_to, tmp_path / "b", *fields_command(release))
-    files["DAPI"][1].unlink()
-    refuses(f"{files['DAPI'][1].name}: no such file", prepare_to, tmp_path / "b", *fields_command(release))
+    small, short, absent = [sorted((release / "images").rglob(f"*_{wave}.tif"))[i] for i, wave in enumerate(("w2", "w4", "w1"))]
+    Image.fromarray(np.zeros((100, 100), np.uint16)).save(small)
+    refuses(f"{small.name}: its size", prepare_to, tmp_path / "b", *fields_command(release))
+    small.unlink()
+    short.write_bytes(short.read_bytes()[:1000])
+    absent.unlink()
+    refuses(f"{absent.name}: no TIFF .*No such file", prepare_to, tmp_path / "b", *fields_command(release))
     left = prepare_to(tmp_path / "c", *fields_command(release, "--skip-bad"))
-    gone = {file.name[:-7] for file in (files["Actin"][0], files["DAPI"][1], files["Tubulin"][2])}
+    gone = {file.name[:-7] for file in (small, short, absent)}
     assert set(whole.cells["field"].str[:-3]) - set(left.cells["field"].str[:-3]) == gone
-    assert left.meta["counts"]["bad_patches"] == len(whole) - len(left)
     assert np.array_equal(left.patches[-5:], whole.patches[-5:])
 
 
@@ -2223,24 +2099,22 @@ def test_real_fields(tmp_path):
     """CellProfiler's nuclei lie in the middle of their patches: in the true masks, and in the picture of a real field."""
     folder = SHARED / "fixtures/cellprofiler_sim"
     sim = prepare_to(tmp_path / "sim", "--images", folder / "images", "--cellprofiler", folder / "csv")
-    assert len(sim) == 328 and len(sim.features) == 867 and sorted(set(sim.cells["well"])) == ["B02", "C05", "D07"]
+    assert len(sim) == 328 and len(sim.features) == 867
     for (well, site), cells in sim.cells.groupby(["well", "site"]):
         truth = np.asarray(Image.open(folder / f"images/truth_nuclei_{well}_s{site}.tif"))
-        assert (truth[cells["y"].round().astype(int), cells["x"].round().astype(int)] > 0).all()
+        assert truth[cells["y"].round().astype(int), cells["x"].round().astype(int)].all()
     human = SHARED / "fixtures/examplehuman"
     real = prepare_to(tmp_path / "human", "--images", human, "--cellprofiler", human / "ExampleHuman.sqlite", "--channels", "DNA,PH3,cellbody")
-    assert len(real) == 230 and real.channels == ["DNA", "PH3", "cellbody"]
-    for folder in (sim, real):
-        x = folder.patches[:, 0].astype(float).mean(0)
-        assert x[29:39, 29:39].mean() > 1.5 * x[:10, :10].mean()
+    assert len(real) == 230
+    x = real.patches[:, 0].mean(0)
+    assert x[29:39, 29:39].mean() > 1.5 * x[:10, :10].mean()
 
 
 def test_fields_are_measured_without_cellprofiler(tmp_path, release, capsys):
     """TIFFs alone: the cells that were drawn are found, cut and measured; an interrupted call does not measure a field twice."""
-    command = ["--images", release / "images", "--image-csv", release / "BBBC021_v1_image.csv", "--moa", release / "BBBC021_v1_moa.csv"]
+    command = ["--images", release / "images"]
     folder = prepare_to(tmp_path / "out", *command)
-    assert "measured 6/6 fields" in capsys.readouterr().out
-    assert len(folder) <= 105 and len(folder.features) > 800
+    assert "6/6 fields measured" in capsys.readouterr().out
     drawn, table = prepare.simulate_table(100, 0)
     found = folder.cells.assign(area=folder.raw[:, folder.features.index("Nuclei_AreaShape_Area")])
     pairs = []
@@ -2250,11 +2124,10 @@ def test_fields_are_measured_without_cellprofiler(tmp_path, release, capsys):
             pairs.append((area, found["area"][away.idxmin()]))
     assert len(pairs) > 85 and np.corrcoef(np.transpose(pairs))[0, 1] > 0.9
 
+    shutil.rmtree(next((tmp_path / "out.measured/DAPI-Tubulin-Actin").iterdir()))
     shutil.rmtree(tmp_path / "out")
-    fields = tmp_path / "out.measured/DAPI-Tubulin-Actin"
-    shutil.rmtree(next(fields.iterdir()))
     again = prepare_to(tmp_path / "out", *command)
-    assert "measured 1/1 fields" in capsys.readouterr().out and np.array_equal(again.raw, folder.raw)
+    assert "1/1 fields measured" in capsys.readouterr().out and np.array_equal(again.raw, folder.raw)
 
 
 def test_fields_files_are_grouped_by_the_wave_in_their_name(tmp_path):
@@ -2262,37 +2135,26 @@ def test_fields_files_are_grouped_by_the_wave_in_their_name(tmp_path):
     files = [tmp_path / f"A_s1_w{end}.tif" for end in ("1A0", "22570437EF", "413E")]
     for file in files:
         file.write_bytes(b"x")
-    assert prepare.group_fields(tmp_path, None, CHANNELS) == [tuple(files)]
+    assert prepare.group_fields(tmp_path, None, CHANNELS) == [files]
 
 
 def test_fields_that_cannot_be_grouped_are_refused(tmp_path, release):
     files = sorted((release / "images").rglob("*.tif"))
-    alone, table = ["--images", release / "images"], ["--image-csv", release / "BBBC021_v1_image.csv"]
+    path = release / "BBBC021_v1_image.csv"
+    image = pd.read_csv(path)
+    alone = ["--images", release / "images"]
     refuses("measuring needs three", prepare_to, tmp_path / "a", *alone, "--channels", "DAPI,Actin")
-    refuses("has no FileName_DNA for every field", prepare_to, tmp_path / "a", *alone, *table, "--channels", "DNA,B,C")
-    extra = files[0].with_name(files[0].stem + "_again.tif")
-    shutil.copy(files[0], extra)
-    refuses("4 files share its name up to _w, of numbers 1, 1, 2, 4", prepare_to, tmp_path / "a", *alone)
-    extra.unlink()
-    for k, file in enumerate(files):
-        file.rename(file.with_name(f"x{k}.tif"))
-    refuses("no field; expected files named", prepare_to, tmp_path / "a", *alone)
-    refuses("none of its images is below", prepare_to, tmp_path / "a", *alone, *table)
-
-
-def test_refused_image_tables(tmp_path, release):
-    image = pd.read_csv(release / "BBBC021_v1_image.csv", dtype=str)
-    other = [*fields_command(release), "--image-csv", tmp_path / "i.csv"]
-    for table, text in ((image[["TableNumber"]], "has no FileName_DAPI for every field, it has none"),
-                        (pd.concat([image, image]), "12 rows are of the 6 images, first .*w1.tif; expected one for each"),
-                        (image.replace("_w1", "_w9", regex=True), "0 rows are of the 6 images")):
-        table.to_csv(tmp_path / "i.csv", index=False)
-        refuses(text, prepare_to, tmp_path / "o", *other)
-    refuses("no feature column", prepare_to, tmp_path / "o", *fields_command(release), "--columns", "nothing")
+    refuses("has no FileName_DNA for every field", prepare_to, tmp_path / "a", *alone, "--image-csv", path, "--channels", "DNA,B,C")
+    for table, text in ((pd.concat([image, image]), "12 rows are of the 6 images"), (image.replace("_w1", "_w9", regex=True), "0 rows are of")):
+        table.to_csv(path)
+        refuses(text, prepare_to, tmp_path / "a", *fields_command(release))
+    shutil.copy(files[0], files[0].with_name(files[0].stem + "_again.tif"))
+    files[1].unlink()
+    refuses("3 files share its name up to _w, of numbers .'1', '4'.", prepare_to, tmp_path / "a", *alone)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# exports: CellProfiler's exports: pytest -k export. Every measurement of the export made here tells whose it is.
+# CellProfiler's exports: pytest -k export. Every measurement of the export made here tells whose it is.
 
 
 
@@ -2567,7 +2429,7 @@ def test_real_edges():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# evaluate: evaluate.py: Inception, distances, FD-CP, mechanism of action, which features survive, the command.
+# evaluate.py: Inception, distances, FD-CP, mechanism of action, which features survive, the command.
 
 
 sys.path[:0] = [str(SHARED / "fixtures/fid"), str(SHARED / "fixtures/metrics")]
@@ -2584,12 +2446,11 @@ def golden_metrics(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inception
+# Inception, and distances between sets of vectors
 
 
-@pytest.fixture(scope="module")
 def rule_net():
-    """The network with fixture weights, golden_metrics images (8, 3, 68, 68) and features (8, 2048)."""
+    """The network with weights by a rule of their names and shapes, golden_metrics images (8, 3, 68, 68) and features (8, 2048)."""
     from fid_fixture_rule import rule_tensor
     net = evaluate.Inception().eval()
     weights = {name: torch.tensor(rule_tensor(name, tuple(v.shape))) for name, v in net.state_dict().items()}
@@ -2599,61 +2460,20 @@ def rule_net():
 
 
 @needs_shared
-def test_inception_keys_and_shapes():
-    lines = (SHARED / "fixtures/fid/fid_inception_keys.txt").read_text().splitlines()[1:]
-    found = [[name, str(tuple(v.shape))] for name, v in evaluate.Inception().state_dict().items()]
-    assert found == [line.split("\t")[:2] for line in lines]
-
-
-@needs_shared
-def test_inception_golden_features(rule_net):
-    net, images, expected = rule_net
-    features = evaluate.inception_features(net, images, batch=8)
-    assert features.shape == (8, 2048) and features.dtype == np.float32
+def test_inception_golden_features():
+    net, images, expected = rule_net()
+    features = evaluate.inception_features(net, images, batch=5)
     assert abs(features - expected).max() < 1e-3  # float32 noise 1.4e-5, smallest plausible mistake 0.09
-    assert abs(evaluate.inception_features(net, images[:5], batch=3) - features[:5]).max() < 1e-4
-
-
-@needs_shared
-@long
-@pytest.mark.parametrize("name", ["count_include_pad=True", "7c branch_pool avg", "7b branch_pool max", "align_corners=True", "(BGR)",
-                                  "eps 1e-5", "no x*2-1"])
-def test_inception_mistakes_are_caught(rule_net, name, monkeypatch):
-    """Each mistake moves the features by the amount measured with pytorch-fid, far above the tolerance."""
-    net, images, expected = rule_net
-    mutations = json.loads((SHARED / "fixtures/fid/inception_mutations.json").read_text())
-    size, = [m["max_abs"] for m in mutations if name in m["name"]]
-    average, interpolate = net.Mixed_7b.pool, evaluate.F.interpolate
-
-    def resize(x, size, mode, align_corners):
-        x = interpolate(x, size, mode=mode, align_corners="align" in name)
-        return (x + 1) / 2 if "2-1" in name else x
-
-    monkeypatch.setattr(evaluate.F, "interpolate", resize)
-    monkeypatch.setattr(average, "count_include_pad", "pad" in name)
-    block = getattr(net, f"Mixed_{name[:2]}", None)  # 7b, 7c: each with the other's pool
-    if block:
-        monkeypatch.setitem(block._modules, "pool", average if name[1] == "c" else net.Mixed_7c.pool)
-    if "BGR" in name:
-        images = images[:, [2, 1, 0]]
-    for m in net.modules():
-        if hasattr(m, "eps") and "eps" in name:
-            monkeypatch.setattr(m, "eps", 1e-5)
-    assert abs(evaluate.inception_features(net, images) - expected).max() == pytest.approx(size, rel=1e-3)
 
 
 def test_load_inception_takes_only_the_right_file(tmp_path, monkeypatch):
     path, net = tmp_path / "weights.pth", evaluate.Inception()
     torch.save(net.state_dict(), path)
-    blob = path.read_bytes()
-    sha256 = hashlib.sha256(blob).hexdigest()
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     refuses(f"its SHA-256 is {sha256}.*6726825d.*https", evaluate.load_inception, path)
     monkeypatch.setattr(evaluate, "INCEPTION_SHA256", sha256)
     loaded = evaluate.load_inception(path)
     assert not loaded.training and torch.equal(loaded.fc.weight, net.fc.weight)
-    path.write_bytes(blob[:-1])
-    refuses("its SHA-256 is", evaluate.load_inception, path)
-    refuses("no such file", evaluate.load_inception, tmp_path / "none.pth")
 
 
 def test_the_first_section_lifts_out_with_torch_and_numpy_alone():
@@ -2661,39 +2481,18 @@ def test_the_first_section_lifts_out_with_torch_and_numpy_alone():
     alone = {"np": np, "torch": torch, "nn": torch.nn, "InputError": ValueError}
     exec(section, alone)
     x = normal(30, 5)
-    assert alone["frechet_distance"](x, x + 1) == pytest.approx(5) and alone["kid"](x, x + 1)[0] > 0.1
-    assert alone["precision_recall"](x, x)["recall"] == 1 and not re.search(r"\b(data|model|pd|Path)\.", section)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fréchet distance, KID, precision and recall
-
-
-def from_moments(mean1, covariance1, mean2, covariance2):
-    roots = []
-    for covariance in (covariance1, covariance2):
-        w, v = np.linalg.eigh(covariance)
-        roots.append((v * np.sqrt(np.maximum(w, 0))).T)
-    return evaluate.frechet_of_roots(mean1, roots[0], mean2, roots[1])
-
-
-def test_frechet_closed_forms():
-    x = normal(9, 40)
-    assert evaluate.frechet_distance(x, x[::-1]) < 1e-9 and evaluate.frechet_distance(x, x + 1) == pytest.approx(40)
-    x = normal(500, 3)
-    assert evaluate.frechet_distance(x, 3 * x) == pytest.approx((4 * x.var(0, ddof=1) + 4 * x.mean(0) ** 2).sum())
-    assert evaluate.frechet_distance([[0.0], [2.0]], [[1.0], [5.0]]) == pytest.approx(4 + 2)  # means 1, 3; sds sqrt 2, sqrt 8
+    assert alone["frechet_distance"](x, x + 1) == pytest.approx(5) and alone["precision_recall"](x, x)["recall"] == 1
 
 
 @needs_shared
 def test_frechet_golden():
     cases, z = golden_metrics("frechet_small")
     for name, case in cases.items():
-        moments = [z[f"fd/{name}/{part}"] for part in ("mu1", "sigma1", "mu2", "sigma2")]
-        found = [from_moments(*moments)]
-        if f"fd/{name}/x" in z:
-            found.append(evaluate.frechet_distance(z[f"fd/{name}/x"], z[f"fd/{name}/y"]))
-        assert found == pytest.approx([case["expected"]] * len(found), abs=case["abs_tol"], rel=0), name
+        moments = []
+        for i in "12":
+            w, v = np.linalg.eigh(z[f"fd/{name}/sigma{i}"])
+            moments += [z[f"fd/{name}/mu{i}"], (v * np.sqrt(np.maximum(w, 0))).T]
+        assert evaluate.frechet_of_roots(*moments) == pytest.approx(case["expected"], abs=case["abs_tol"], rel=0), name
 
 
 @needs_shared
@@ -2704,9 +2503,6 @@ def test_frechet_golden_of_large_sets():
         if n1 <= 1000 or os.environ.get("LONG"):
             x, y = fd_cases.feats("B1", n1, d), fd_cases.feats("B2", n2, d, shift=0.05, scale=1.1)
             assert evaluate.frechet_distance(x, y) == pytest.approx(case["expected"], rel=case["rel_tol"]), name
-    g, _ = golden_metrics("fid_infinity")  # its distances at 15 sizes
-    real, fake = fd_cases.feats("ir", 4000, 24), fd_cases.feats("ig", 2000, 24, shift=0.1)
-    np.testing.assert_allclose([evaluate.frechet_distance(real, fake[:n]) for n in g["ns"]], g["fd"], rtol=1e-9)
 
 
 @needs_shared
@@ -2714,17 +2510,7 @@ def test_kid_golden():
     g, z = golden_metrics("kid")
     x, y = z["kid/x"], z["kid/y"]
     np.testing.assert_allclose(evaluate.kid(x, y, subset=30, subsets=10, seed=2020), [g["mean"], g["std_ddof0"]], rtol=1e-9)
-    np.testing.assert_allclose([evaluate.mmd2(x[i], y[j]) for i, j in zip(z["kid/idx_x"], z["kid/idx_y"])], z["kid/mmd2"], rtol=1e-9)
     assert evaluate.mmd2(x[:50], y) == pytest.approx(g["full_first50_unbiased"], rel=1e-9)
-
-
-def test_kid_of_one_distribution_is_near_zero_and_of_noise_is_large():
-    real = normal(400, 10)
-    assert abs(evaluate.kid(real, normal(400, 10, 1))[0]) < 0.05
-    assert evaluate.kid(real, normal(400, 10, 1, scale=2), seed=2 ** 62)[0] > 0.5
-    small = [evaluate.mmd2(normal(8, 10, s), normal(8, 10, 1000 + s)) for s in range(300)]
-    assert abs(np.mean(small)) < 0.1  # unbiased at n = 8; biased: +1
-    refuses("KID subset 401: expected 2 to 400", evaluate.kid, real, real, subset=401)
 
 
 @needs_shared
@@ -2733,19 +2519,6 @@ def test_precision_and_recall_golden(k):
     g, z = golden_metrics(f"prdc_k{k}_dgm_eval")
     found = evaluate.precision_recall(z["prdc/real"], z["prdc/gen"], k)
     assert found == pytest.approx({name: g[name] for name in ("precision", "recall")}, abs=1e-12)
-    if k == 3:
-        assert found["recall"] == pytest.approx(golden_metrics("precision_recall_k3_torch_fidelity")[0]["recall"], abs=1e-6)  # float32
-
-
-def test_mode_collapse_and_noise_are_caught():
-    def two_modes(seed):  # more than one block of rows
-        return np.concatenate([normal(700, 6, seed), normal(700, 6, seed + 1, shift=8)])
-
-    real = two_modes(0)
-    assert min(evaluate.precision_recall(real, two_modes(2)).values()) > 0.85
-    half = evaluate.precision_recall(real, normal(1400, 6, 4))  # one mode of two
-    assert half["precision"] > 0.85 and half["recall"] < 0.55
-    assert evaluate.precision_recall(real, normal(1400, 6, 6, 4, 20))["precision"] < 0.05  # noise
 
 
 @pytest.mark.parametrize("metric", ["frechet_distance", "mmd2", "kid", "precision_recall"])
@@ -2762,33 +2535,27 @@ def test_bad_sets_are_refused(metric):
 
 
 def test_robust_z_scores():
-    train = pd.DataFrame(normal(1000, 5, shift=5, scale=2), columns=["a", "flat", "holes", "const", "b"])
+    train = pd.DataFrame(normal(1000, 4, shift=5, scale=2), columns=["a", "flat", "holes", "b"])
     train["flat"] = np.where(np.arange(1000) < 600, 3, 4)  # most cells equal: MAD 0
-    train["const"] = 0.1
     train.loc[:59, "holes"] = np.nan
     train.loc[:49, "b"] = np.nan  # 5 % exactly stays
     space = evaluate.CPSpace(train, 2)
-    assert space.dropped == ["flat", "holes", "const"] and space.axes.shape == (2, 2)
+    assert space.kept == ["a", "b"] and space.axes.shape == (2, 2)
     assert space.spread == pytest.approx(2, rel=0.1)  # 1.4826 MAD = sd of a normal
-    cell = train[:1] * 1e9
-    assert space.z_scores(cell).tolist() == [[10, 0]]  # clipped; missing is the median
-    with pytest.raises(AssertionError, match="without any measurement"):
-        space(cell * np.nan)
+    assert space.z_scores(train[:1] * 1e9).tolist() == [[10, 0]]  # clipped; missing is the median
     refuses("19 training cells could be measured", evaluate.CPSpace, train[:19], 1)
 
 
 def test_distances_rank_good_blurred_shifted_and_collapsed_generators():
     mix = normal(40, 40, 9) / 6
-    train, reference, floor, good = (pd.DataFrame(normal(n, 40, s) @ mix) for s, n in enumerate((2000, 300, 300, 300)))
+    train, reference, floor, good = (pd.DataFrame(normal(n, 40, s) @ mix) for s, n in enumerate((2000, 600, 600, 600)))
     space, report = evaluate.CPSpace(train, 15), evaluate.Report(0)
-    sets = {"real": floor, "good": good, "blurred": floor * 0.5, "shifted": floor + 2, "collapsed": 0.01 * good, "few": good[:19]}
+    sets = {"real": floor, "good": good, "blurred": floor * 0.5, "shifted": floor + 2, "collapsed": 0.01 * good}
     report.add_distances(space(reference), {who: space(x) for who, x in sets.items()}, "FD", "-CP15", "measurements")
     found = report.table().set_index(["quantity", "who"])["value"]
     above = found["FD-CP15"] - found["FD-CP15"]["real"]
     assert abs(above["good"]) < 0.5 < 1 < above["blurred"] < above["shifted"] and above["collapsed"] > 1
-    assert abs(found["KID-CP15"]["good"]) < 3 * found["KID sd-CP15"]["good"] < found["KID-CP15"]["shifted"]
     assert found["recall-CP15"]["collapsed"] < 0.05 < 0.6 < found["recall-CP15"]["good"]
-    assert "at least 20 rows" in report.absent["FD-CP15 of few"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2813,22 +2580,10 @@ def test_nsc_by_hand():
     compounds, moas = ["a", "a", "b", "c", "d", "e"], ["x", "x", "x", "y", "y", "z"]
     found = evaluate.nsc(profiles, compounds, moas)
     assert found["treatments"]["nearest"].tolist() == [2, 2, 1, 4, 5, 4]  # never the other concentration of `a`
-    assert (found["correct"], found["n"], found["accuracy_per_compound"]) == (4, 5, 3 / 4)  # z has no other compound: unscorable
+    assert (found["accuracy"], found["n"]) == (4 / 5, 5)  # z has no other compound: unscorable
     found = evaluate.nsc(profiles, compounds, moas, ["1", "1", "12", "1", "2", "2"])
     assert found["treatments"]["scorable"].tolist() == [False, False, False, True, True, False]  # b shares batch 1 with a
-    refuses("none of 6 treatments", evaluate.nsc, profiles, compounds, moas, ["1"] * 6)
-    refuses("6 of 6 profiles are all zero, first a", evaluate.nsc, profiles * 0, compounds, moas)
-
-
-def test_nsc_sees_mechanisms_and_not_chance():
-    wells = compound_table()
-    found = evaluate.score_profiles(wells)
-    assert found["NSC"]["accuracy"] == 1 and found["NSC"]["n"] == len(found["NSC"]["treatments"]) == 48  # without DMSO
-    assert found["NSC"]["null_mean"] < 0.3
-    assert "none of 48" in found["NSCB"]["absent"]  # every treatment is in both weeks
-    shuffled = dict(zip(wells["compound"].unique(), np.random.default_rng(1).permutation(wells["moa"][:24])))
-    found = evaluate.score_profiles(wells.assign(moa=wells["compound"].map(shuffled).fillna("DMSO")))["NSC"]
-    assert abs(found["accuracy"] - found["null_mean"]) < 3 * found["null_sd"] and abs(found["null_mean"] - 5 / 23) < 0.05
+    refuses("the profile of a is all zero", evaluate.nsc, profiles * 0, compounds, moas)
 
 
 @needs_shared
@@ -2839,14 +2594,12 @@ def test_moa_golden():
     t = evaluate.treatment_profiles(wells, features)
     np.testing.assert_allclose(t[features], g["profiles"], rtol=1e-9)
     for name, batches in (("NSC", None), ("NSCB", t["batches"])):
-        found, expected = evaluate.nsc(t[features], t["compound"], t["moa"], batches), g[name]
-        assert (found["correct"], found["n"]) == (expected["correct"], expected["total"])
-        for row, neighbour in zip(found["treatments"].itertuples(), expected["neighbours"]):
-            assert row.scorable == (neighbour is not None)
-            if neighbour:
-                treatment, moa, hit, cosine = neighbour
-                assert t.loc[row.nearest, ["compound", "concentration"]].tolist() == list(treatment)
-                assert (row.predicted, row.correct, row.distance) == (moa, hit, pytest.approx(1 - cosine, abs=1e-9))
+        found = evaluate.nsc(t[features], t["compound"], t["moa"], batches)["treatments"]
+        expected = g[name]["neighbours"]
+        assert found["scorable"].tolist() == [neighbour is not None for neighbour in expected]
+        for row, (treatment, moa, hit, cosine) in zip(found[found["scorable"]].itertuples(), filter(None, expected)):
+            assert [*t.loc[row.nearest, ["compound", "concentration"]], row.predicted, row.correct] == [*treatment, moa, hit]
+            assert row.distance == pytest.approx(1 - cosine, abs=1e-9)
 
 
 META = SHARED / "fixtures/bbbc021_meta"
@@ -2857,62 +2610,48 @@ LJOSA = [META / "ljosa_jbiomolscreen_2013_per_well_mean.csv.gz", META / "BBBC021
 def test_real_profiles_score_as_published():
     table, _ = evaluate.read_profiles(*LJOSA)
     assert table.shape == (632, 5 + 459)
-    recipes = [("z", "mean", 85, 67), ("percentile", "mean", 83, 64), ("z", "median", 80, 63), ("mad", "mean", 92, 62), ("none", "mean", 57, 36)]
+    recipes = [("percentile", "mean", 83, 64), ("z", "median", 80, 63), ("mad", "mean", 92, 62), ("none", "mean", 57, 36), ("z", "mean", 85, 67)]
     for normalise, average, right, right_b in recipes:
         found = evaluate.score_profiles(table, normalise, average)
-        counts = [found[name][what] for name in ("NSC", "NSCB") for what in ("correct", "n")]
-        assert counts == [right, 103, right_b, 92], normalise
-    found = evaluate.score_profiles(table)["NSC"]
-    assert (found["null_mean"], found["null_sd"]) == pytest.approx((0.069, 0.054), abs=0.01)
-    assert found["interval"] == pytest.approx([0.73, 0.90], abs=0.03) and found["compounds"] == 38
+        assert [found[name]["n"] for name in found] == [103, 92]
+        assert [found[name]["accuracy"] for name in found] == [right / 103, right_b / 92], normalise
+    assert (found["NSC"]["null_mean"], found["NSC"]["null_sd"]) == pytest.approx((0.069, 0.054), abs=0.01)
+    assert found["NSC"]["interval"] == pytest.approx([0.73, 0.90], abs=0.03)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # --profiles: tables of other tools
 
 
-def profile_files(folder, change):
+def profile_files(folder, change=None):
     """wells.csv (embeddings), image.csv and moa.csv of compound_table, as other tools write them; arguments for evaluate."""
     wells = compound_table().rename(columns={"plate": "Metadata_Plate", "well": "Metadata_Well"})
     image, moa = wells.iloc[:, :4].copy(), wells.iloc[:, 2:5].drop_duplicates()
     wells = wells.drop(columns=evaluate.WELL_COLUMNS[2:]).rename(columns=lambda c: c.replace("Cells_AreaShape", "emb"))
-    if change == "metadata":
-        wells.insert(0, "Metadata_Object_Count", range(len(wells)))
-    if change == "barcodes":
-        wells["Metadata_Plate"] = wells["Metadata_Plate"].map({"Week1_1": 110000293081, "Week2_1": 110000293082})
-        image = pd.concat([image, image.assign(Metadata_Plate=wells["Metadata_Plate"])])
     if change == "solvent":
         image.loc[image["compound"] == "DMSO", ["compound", "concentration"]] = ["dmso", np.nan]
         moa = moa[moa["compound"] != "DMSO"]
-    if change == "float32":
-        moa["concentration"] *= 1 + 3e-8
     if change == "unlisted":
         image = image[image["Metadata_Well"] != "B7"]
-    wells.to_csv(folder / "wells.csv", index=change == "index")
-    image.to_csv(folder / "image.csv", index=False)
-    moa.to_csv(folder / "moa.csv", index=False)
-    return ["--profiles", str(folder / "wells.csv"), "--image-csv", str(folder / "image.csv"), "--moa", str(folder / "moa.csv")]
+    files = {"profiles": wells, "image-csv": image, "moa": moa}
+    for name, table in files.items():
+        table.to_csv(folder / name, index=change == "index")
+    return [f"--{name}={folder / name}" for name in files]
 
 
-@pytest.mark.parametrize("change", [None, "metadata", "index", "barcodes", "solvent", "float32"])
+@pytest.mark.parametrize("change", [None, "index", "solvent"])
 def test_profiles_score_the_same_however_they_are_written(tmp_path, capsys, change):
     evaluate.main([*profile_files(tmp_path, change), "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert said.startswith("NSC 48/48 = 100.0%") and "48 of 48 treatments have a mechanism" in said
-    assert "112 wells, 30 features" in said
     found = json.loads((tmp_path / "out/metrics.json").read_text(encoding="utf-8"))
     assert found["results"]["profiles"]["NSC"]["value"] == 1 and "none of 48" in found["absent"]["NSCB of profiles"]
     assert pd.read_csv(tmp_path / "out/moa.csv")["correct"].sum() == 48
 
 
-def test_wells_that_the_image_table_does_not_list_are_named(tmp_path):
-    refuses("does not list 2 of the 112 wells of .*first plate Week1_1 well B7", evaluate.main, profile_files(tmp_path, "unlisted"))
-
-
 PROFILE_REFUSALS = [
     (lambda t: t.assign(Cells_AreaShape_2=[np.nan] + [1.0] * 111), "1 of 3360 values are NaN or infinite, first in row 0, column 2"),
     (lambda t: t.drop(columns="moa"), "no column tells moa; --image-csv"),
-    (lambda t: t.drop(columns="plate"), "no column tells plate"),
     (lambda t: t[evaluate.WELL_COLUMNS], r"expected \(N, d\)"),
     (lambda t: pd.concat([t, t[:2]]), "2 rows repeat a well, first plate Week1_1 well B0"),
 ]
@@ -2924,29 +2663,30 @@ def test_profiles_that_are_refused(tmp_path, change, message):
     refuses(message, evaluate.main, ["--profiles", str(tmp_path / "bad.csv")])
 
 
+def test_wells_that_the_image_table_does_not_list_are_named(tmp_path):
+    refuses("does not list 2 of the 112 wells of .*first plate Week1_1 well B7", evaluate.main, profile_files(tmp_path, "unlisted"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Intervals, correlations, which features survive
 
 
 def test_the_bootstrap_interval_has_the_width_of_theory():
     values = normal(400, 1)
-    (low,), (high,) = evaluate.bootstrap(lambda w: w @ values / 400, 400, 0, draws=4000)
-    assert low < values.mean() < high
+    (value,), (low,), (high,) = evaluate.bootstrap(lambda w: w @ values / 400, 400, 0, draws=4000)
+    assert low < value < high and value == pytest.approx(values.mean())
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.06)  # a 90 % one is 16 % narrower
-    assert np.isnan(evaluate.bootstrap(lambda w: w[:, :1], 1, 0)).all()
 
 
 def test_correlations():
-    a = normal(60, 3)
-    b = a + normal(60, 3, 1)
-    a[:5, 1], b[3:9, 1], b[:, 2] = np.nan, np.inf, 0.1  # holes on both sides; no spread
+    a = normal(60, 2)
+    b = a + normal(60, 2, 1)
+    a[:5, 0], b[3:9, 0], b[:, 1] = np.nan, np.inf, 0.1  # holes on both sides; no spread
     times = np.random.default_rng(0).integers(0, 3, (1, 60))
-    r, = evaluate.correlations(a + 1e6, b - 1e6, times)
-    for column, first in ((0, 0), (1, 9)):
-        drawn = np.repeat(np.arange(first, 60), times[0, first:])
-        assert r[column] == pytest.approx(np.corrcoef(a[drawn, column], b[drawn, column])[0, 1], rel=1e-6)
-    assert np.isnan(r[2]) and np.isnan(evaluate.correlations(a[:2], b[:2], np.ones((1, 2)))).all()
-    assert abs(evaluate.correlations(a, b[::-1], np.ones((1, 60)))[0, 0]) < 0.3 < r[0]
+    (r, flat), = evaluate.correlations(a + 1e6, b - 1e6, times)
+    drawn = np.repeat(np.arange(9, 60), times[0, 9:])
+    assert r == pytest.approx(np.corrcoef(a[drawn, 0], b[drawn, 0])[0, 1], rel=1e-6)
+    assert np.isnan(flat) and np.isnan(evaluate.correlations(a[:2], b[:2], np.ones((1, 2)))).all()
 
 
 def test_features_that_survive():
@@ -2957,12 +2697,10 @@ def test_features_that_survive():
         x = prepare.render(given, seed)
         seen.append(data.measurements(x / x.max((2, 3), keepdims=True), data.CHANNELS))
     found = evaluate.feature_table(*seen, given, treatment, "cell-max")
-    assert found["r"].dropna().is_monotonic_decreasing and len(found) > 800
     assert found.loc["Nuclei_AreaShape_Area", ["r", "spearman", "r within treatments", "r of generated with input"]].min() > 0.9
-    assert found["relative"]["Nuclei_Intensity_MeanIntensity_DAPI"] and not found["relative"]["Nuclei_Intensity_MassDisplacement_DAPI"]
-    assert np.isnan(found["r of real with input"]["Nuclei_Texture_Entropy_DAPI_3_00_256"])  # no such input
+    assert found["relative"][["Nuclei_Intensity_MeanIntensity_DAPI", "Nuclei_Intensity_MassDisplacement_DAPI"]].tolist() == [True, False]
     shuffled = evaluate.feature_table(seen[0], seen[1][::-1].reset_index(drop=True), given, treatment, "percentile")
-    assert shuffled["r"].abs().median() < 0.12 < 0.3 < found["r"].median() and not shuffled["relative"].any()
+    assert shuffled["r"].abs().median() < 0.12 < 0.3 < found["r"].median()
 
 
 def test_a_difference_between_treatments_alone_does_not_count_within_one():
@@ -2976,10 +2714,9 @@ def test_claims_are_judged():
     parts = [(c, f) for c in ("Nuclei", "Cells", "Cytoplasm") for f in ("AreaShape", "Intensity", "Texture", "RadialDistribution")]
     table = pd.DataFrame(parts, columns=["compartment", "family"])
     table["r"] = [0.9, 0.8, 0.4, 0.05, 0.2, 0.4, 0.4, 0.05, 0.4, 0.4, 0.4, 0.05]
-    seen, medians = evaluate.claims(table)
-    assert list(seen.values()) == [False, True, True, True]
-    assert medians["Nuclei AreaShape"] == 0.9 and medians["RadialDistribution"] == 0.05
-    assert list(evaluate.claims(table.assign(r=1 - table["r"]))[0].values()) == [True, False, False, False]
+    for r, expected in ((table["r"], [False, True, True, True]), (1 - table["r"], [True, False, False, False])):
+        seen, medians = evaluate.claims(table.assign(r=r))
+        assert list(seen.values()) == expected and len(medians) == 16
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3003,16 +2740,22 @@ def quick(monkeypatch):
     monkeypatch.setattr(data, "measurements", quick_measurements)
 
 
+@pytest.fixture
+def unplotted(quick, monkeypatch):
+    """A second a run is saved where plots are not the matter."""
+    monkeypatch.setattr(evaluate, "draw_plots", lambda *more: None)
+
+
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
     """A folder of 200 simulated cells, and a run of one step on it, three times: as it is, as of another seed and another norm."""
     top = tmp_path_factory.mktemp("judged")
     prepare.main(["--simulate", "200", "--out", str(top / "data"), "--workers", "1"])
     state = run_train(top / "data", top / "cp2image-seed0", steps=1)
-    for name in ("cp2image-seed1", "percentile-seed0"):
+    for name, norm in (("cp2image-seed1", "cell-max"), ("percentile-seed0", "percentile")):
         (top / name).mkdir()
         state["settings"]["seed"] = int(name[-1])
-        state["image_norm"] = {"p": "percentile", "c": "cell-max"}[name[0]]
+        state["image_norm"] = norm
         state["G"]["bn_out.bias"] = state["G"]["bn_out.bias"] + 0.1
         torch.save(state, top / name / "last.pt")
     return top
@@ -3030,71 +2773,57 @@ def evaluate_run(top, *more, out="eval"):
 def test_the_same_call_writes_the_same_bytes_and_every_number_with_its_conditions(judged, quick, capsys):
     found = evaluate_run(judged)
     said = capsys.readouterr().out
-    assert "of 13 paired scores, and does NOT on" in " ".join(said.split()) and said.count("--inception FILE was not given") == 1
+    assert "of 13 paired scores, and does NOT on" in " ".join(said.split()) and "--inception FILE was not given" in said
     assert max(map(len, said.splitlines())) <= 100
     evaluate_run(judged, out="again")
     first, again = ({p.name: p.read_bytes() for p in (judged / name).iterdir()} for name in ("eval", "again"))
     assert first == again
-    assert set(first) == {"metrics.json", "metrics.csv", "metrics.png", "features.csv", "moa.csv", "grid.png", "grid.json"}
-    about, results = found["about"], found["results"]
-    assert [about[k] for k in ("split", "seed", "cells", "cells a side", "step")] == ["train", 0, 80, 40, 1]
-    assert {"hidden loss", "median r within treatments", "median r of generated with input", "share r > 0.5, none relative"} <= set(results["generated"])
+    assert set(first) - {"metrics.png"} == {"metrics.json", "metrics.csv", "features.csv", "moa.csv", "grid.png", "grid.json"}
+    assert [found["about"][k] for k in ("split", "seed", "cells", "step")] == ["train", 0, 80, 1]
+    results = found["results"]
     shuffled = results["random training cell"]["r Nuclei_AreaShape_X"]
-    assert abs(shuffled["value"]) < 0.4 and shuffled["interval"][0] < shuffled["value"] < shuffled["interval"][1] and shuffled["n"] == 80
-    assert results["real"]["r Nuclei_AreaShape_X"]["value"] == 1 and results["real"]["pixel loss"]["value"] == 0
+    low, high = shuffled["interval"]
+    assert -0.6 < low < shuffled["value"] < high < 0.6 and shuffled["n"] == 80
+    assert results["real"]["r Nuclei_AreaShape_X"]["value"] == 1
     assert results["mean training image"]["r Nuclei_AreaShape_X"]["value"] is None  # one picture for all: undefined, not 0
-    assert len(pd.read_csv(judged / "eval/metrics.csv")) == sum(map(len, results.values()))
-
-
-def test_the_order_of_the_folder_and_the_batches_change_nothing(judged, quick, monkeypatch):
-    folder, path = data.open_folder(judged / "data"), judged / "cp2image-seed0/last.pt"
-    order = np.random.default_rng(0).permutation(len(folder))
-    cells = folder.cells.iloc[order].reset_index(drop=True)
-    tables = []
-    for f in (folder, data.Folder(folder.path, folder.meta, folder.patches[order], folder.raw[order], cells)):
-        report = evaluate.judge(model.load(path), model.load_metric(path), f, evaluate.choose_cells(f, "train", 20, 3), 3, "cpu")
-        tables.append(report.table().drop(columns="extractor"))
-        monkeypatch.setattr(evaluate.batches, "__defaults__", (17, 0))
-    pd.testing.assert_frame_equal(*tables, rtol=1e-5, atol=1e-6)
 
 
 def test_wells_of_plates_without_two_dmso_wells_are_left_out_of_nsc():
     wells, report = compound_table(), evaluate.Report(0)
-    few = wells.assign(plate=wells["plate"].where(wells.index > 10, "Week9"))
-    report.add_wells("real", few)
+    report.add_wells("real", wells.assign(plate=wells["plate"].where(wells.index > 10, "Week9")))
     assert "needs two DMSO wells" in report.absent["11 wells of real (plates Week9)"]
-    assert report.table()["quantity"].tolist()[0] == "NSC" and report.table()["n"][0] == 48
+    assert report.table()["n"][0] == 48
     report.add_wells("drawn", wells[wells["compound"] != "DMSO"])  # on no plate: absent, with the reason
     assert "plate Week1_1: 0 rows of DMSO" in report.absent["NSC, NSCB of drawn"]
 
 
-def test_runs_side_by_side(judged, quick, capsys):
+def test_runs_side_by_side(judged, unplotted):
     runs = [str(judged / name) for name in ("cp2image-seed0", "cp2image-seed1/last.pt")]
     common = arguments(judged, "--grid", 4, out="cmp")
     evaluate.main([*common, "--runs", *runs])
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+    values = []
+    for seed in "01":
+        own = json.loads((judged / f"cmp/cp2image-seed{seed}/metrics.json").read_text())
+        values.append(own["results"]["generated"]["pixel loss"]["value"])
     table = pd.read_csv(judged / "cmp/comparison.csv").set_index(["who", "quantity"])
-    tables = [pd.read_csv(judged / f"cmp/cp2image-seed{s}/metrics.csv").set_index(["who", "quantity"]) for s in (0, 1)]
-    values = [t["value"]["generated", "pixel loss"] for t in tables]
     row = table.loc[("cp2image", "pixel loss"), ["mean", "sd", "runs"]]
     assert row.tolist() == pytest.approx([np.mean(values), np.std(values, ddof=1), 2], rel=1e-4)
     assert table["runs"]["nearest training cell", "pixel loss"] == 1
-    assert "CP2Image 68.42 ± 1.9" in (judged / "cmp/comparison.md").read_text(encoding="utf-8")
     for other in ("cp2image-seed0", "percentile-seed0"):
         refuses("one --image-norm, and different seeds", evaluate.main, [*common, "--runs", runs[0], str(judged / other)])
 
 
 def test_the_numbers_of_the_first_run_are_written_before_the_second_is_judged(judged, monkeypatch):
     reports = [evaluate.Report(0)]
-    reports[0].add("generated", "pixel loss", 1.0, 9, "pixels")
-    reports[0].add("nearest training cell", "pixel loss", 1.0, 9, "pixels")
+    reports[0].add("generated", "pixel loss", 9, "pixels", 1.0)
+    reports[0].add("nearest training cell", "pixel loss", 9, "pixels", 1.0)
     monkeypatch.setattr(evaluate, "judge", lambda *more: reports.pop())
     with pytest.raises(IndexError):
         evaluate.main(arguments(judged, "--runs", judged / "cp2image-seed0", judged / "cp2image-seed1", out="half"))
     assert {p.name for p in (judged / "half/cp2image-seed0").iterdir()} == {"metrics.json", "metrics.csv"}
 
 
-def test_baselines_are_judged(judged, quick):
+def test_baselines_are_judged(judged, unplotted):
     """A VAE reconstructs the cells and samples freely, a GAN only samples; both are represented."""
     for kind in ("vae", "lsgan"):
         run_train(judged / "data", judged / f"{kind}-seed0", "--model", kind, steps=1)
@@ -3102,48 +2831,40 @@ def test_baselines_are_judged(judged, quick):
     found = pd.read_csv(judged / "two/comparison.csv").set_index(["who", "quantity"])["mean"]
     assert found["vae", "pixel loss"] > 0 and {"nucleus found"} <= set(found["vae free samples"].index) & set(found["lsgan"].index)
     assert "pixel loss" not in found["vae free samples"] and "pixel loss" not in found["lsgan"]
-    for kind in ("vae", "lsgan"):
-        assert 0 <= found[f"{kind} {evaluate.BARE}", "NSC"] <= 1  # one step: any number
+    assert {f"vae {evaluate.BARE}", f"lsgan {evaluate.BARE}"} <= set(found[:, "NSC"].index)
     assert json.loads((judged / "two/grid.json").read_text())["rows"] == ["original", "vae", "lsgan, free samples"]
 
 
-@pytest.mark.parametrize("channels, size, reason", [(["DAPI", "Actin"], 68, "channels DAPI, Actin: segmenting needs three"), (["DAPI", "Tubulin", "Actin"], 64, None)])
-def test_two_channels_and_other_sizes_are_judged_where_possible(judged, quick, channels, size, reason):
+def test_two_channels_of_64_pixels_are_judged_where_possible(judged):
     whole = data.open_folder(judged / "data")
-    patches = whole.patches[:, :len(channels), :size, :size]
-    folder = data.Folder(whole.path, {**whole.meta, "channels": channels}, patches, whole.raw, whole.cells)
-    G = model.Generator(len(folder.features), len(channels), size).eval()
+    folder = data.Folder(whole.path, {**whole.meta, "channels": ["DAPI", "Actin"]}, whole.patches[:, :2, :64, :64], whole.raw, whole.cells)
+    G = model.Generator(len(folder.features), 2, 64).eval()
     G.image_norm, G.white = "cell-max", None
     report = evaluate.judge(G, None, folder, evaluate.choose_cells(folder, "train", 40, 0), 0, "cpu")
-    evaluate.print_report("run", report)
-    found = report.table().set_index("who")["quantity"]
-    assert "pixel loss" in list(found["generated"]) and "NSC" in list(found["input CP vectors"])
-    assert ("share r > 0.5" in list(found["generated"])) == (reason is None)
-    assert reason in (None, report.absent.get("all that is measured in pictures"))
+    assert {"pixel loss", "NSC"} <= set(report.table()["quantity"])
+    assert "all that is measured in pictures" in report.absent
 
 
-def test_an_edited_generator_is_the_one_that_is_judged(judged, monkeypatch):
-    monkeypatch.setattr(model.Generator, "forward", lambda self, f: torch.full((len(f), 3, 68, 68), 0.25))
-    G, folder = model.load(judged / "cp2image-seed0/last.pt"), data.open_folder(judged / "data")
-    assert (evaluate.drawn(G, folder, folder.rows("train")[:2], torch.zeros(2, 0), "cpu") == 0.25).all()
+def test_a_generator_that_draws_no_nucleus_is_judged(judged, unplotted, monkeypatch):
+    monkeypatch.setattr(model.Generator, "forward", lambda self, f: torch.zeros(len(f), 3, 68, 68))
+    found = evaluate_run(judged, out="black")
+    assert found["results"]["generated"]["nucleus found"]["value"] == 0 and not any(found["about"]["claims of the paper"].values())
 
 
-def test_fid_of_the_command(judged, quick, monkeypatch):
+def test_fid_of_the_command(judged, unplotted, monkeypatch):
     """20 cells a side, pixels for Inception's features (the network is tested above): real cells lie nearer to real ones."""
     monkeypatch.setattr(evaluate, "load_inception", lambda path, device: "net")
     monkeypatch.setattr(evaluate, "inception_features", lambda net, x: x.reshape(len(x), -1)[:, ::97] / 255)
     found = evaluate_run(judged, "--inception", "w", "--n", 20, out="fid")
     real, ours = found["results"]["real"], found["results"]["generated"]
     for name in ("FID", "FID DAPI", "FID Tubulin", "FID Actin"):
-        assert real[name]["value"] < ours[name]["value"] and (ours[name]["n"], ours[name]["extractor"]) == (20, "inception")
-    assert {"KID", "precision", "recall"} <= set(real) and "FID, KID" not in found["absent"]
+        assert real[name]["value"] < ours[name]["value"] and ours[name]["n"] == 20
 
 
 REFUSALS = [
     (["--run", "cp2image-seed0", "--data", "other"], "last.pt: was trained on another prepared folder"),
     (["--run", "cp2image-seed0", "--device", "nonsense"], "--device nonsense: not on this machine"),
     (["--run", "cp2image-seed0", "--inception", "wrong.pth"], "wrong.pth: its SHA-256 is 9a129038"),
-    (["--run", "none"], "no such checkpoint"),
 ]
 
 
@@ -3154,20 +2875,97 @@ def test_what_evaluate_refuses(judged, folder_path, more, message):
     refuses(message, evaluate.main, arguments(judged, *(places.get(word, word) for word in more)))
 
 
-@pytest.mark.parametrize("bad", [["--run", "x"], ["--data", "x"], ["--data", "x", "--runs", "y"], ["--data", "x", "--run", "y", "--n", "0"],
-                                 ["--data", "x", "--run", "y", "--seed", str(2 ** 63)]])
+@pytest.mark.parametrize("bad", ["--run x", "--data x", "--data x --runs y", "--data x --run y --n 0", f"--data x --run y --seed {2 ** 63}"])
 def test_what_the_parser_refuses(bad):
     with pytest.raises(SystemExit):
-        evaluate.parse(bad)
+        evaluate.parse(bad.split())
 
 
 def test_a_failing_plot_is_one_line(judged, quick, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(data, "tile", lambda rows: 1 / 0)
-    found = evaluate_run(judged, "--seed", 2 ** 62, out="bare")
+    evaluate_run(judged, "--seed", 2 ** 62, out="bare")
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("the numbers are complete") == 2 and "no grid.png (ZeroDivisionError" in said and found["about"]["seed"] == 2 ** 62
-    assert not list((judged / "bare").glob("*.png"))
+    assert said.count("the numbers are complete") == 2 and "no grid.png (ZeroDivisionError" in said
+
+
+@needs_shared
+def test_inception_keys_and_shapes():
+    lines = (SHARED / "fixtures/fid/fid_inception_keys.txt").read_text().splitlines()[1:]
+    found = [[name, str(tuple(v.shape))] for name, v in evaluate.Inception().state_dict().items()]
+    assert found == [line.split("\t")[:2] for line in lines]
+
+
+@needs_shared
+@long
+@pytest.mark.parametrize("name", ["count_include_pad=True", "7c branch_pool avg", "7b branch_pool max", "align_corners=True", "(BGR)",
+                                  "eps 1e-5", "no x*2-1"])
+def test_inception_mistakes_are_caught(name, monkeypatch):
+    """Each mistake moves the features by the amount measured with pytorch-fid, far above the tolerance."""
+    net, images, expected = rule_net()
+    mutations = json.loads((SHARED / "fixtures/fid/inception_mutations.json").read_text())
+    size, = [m["max_abs"] for m in mutations if name in m["name"]]
+    average, interpolate = net.Mixed_7b.pool, evaluate.F.interpolate
+
+    def resize(x, size, mode, align_corners):
+        x = interpolate(x, size, mode=mode, align_corners="align" in name)
+        return (x + 1) / 2 if "2-1" in name else x
+
+    monkeypatch.setattr(evaluate.F, "interpolate", resize)
+    monkeypatch.setattr(average, "count_include_pad", "pad" in name)
+    block = getattr(net, f"Mixed_{name[:2]}", None)  # 7b, 7c: each with the other's pool
+    if block:
+        monkeypatch.setitem(block._modules, "pool", average if name[1] == "c" else net.Mixed_7c.pool)
+    if "BGR" in name:
+        images = images[:, [2, 1, 0]]
+    for m in net.modules():
+        if hasattr(m, "eps") and "eps" in name:
+            monkeypatch.setattr(m, "eps", 1e-5)
+    assert abs(evaluate.inception_features(net, images) - expected).max() == pytest.approx(size, rel=1e-3)
+
+
+def test_frechet_closed_forms():
+    x = normal(9, 40)
+    assert evaluate.frechet_distance(x, x[::-1]) < 1e-9 and evaluate.frechet_distance(x, x + 1) == pytest.approx(40)
+    x = normal(500, 3)
+    assert evaluate.frechet_distance(x, 3 * x) == pytest.approx((4 * x.var(0, ddof=1) + 4 * x.mean(0) ** 2).sum())
+    assert evaluate.frechet_distance([[0.0], [2.0]], [[1.0], [5.0]]) == pytest.approx(4 + 2)  # means 1, 3; sds sqrt 2, sqrt 8
+
+
+def test_kid_of_one_distribution_is_near_zero_and_of_noise_is_large():
+    real = normal(400, 10)
+    assert abs(evaluate.kid(real, normal(400, 10, 1))[0]) < 0.05
+    assert evaluate.kid(real, normal(400, 10, 1, scale=2), seed=2 ** 62)[0] > 0.5
+    small = [evaluate.mmd2(normal(8, 10, s), normal(8, 10, 1000 + s)) for s in range(300)]
+    assert abs(np.mean(small)) < 0.1  # unbiased at n = 8; biased: +1
+
+
+def test_mode_collapse_and_noise_are_caught():
+    def two_modes(seed):  # more than one block of rows
+        return np.concatenate([normal(700, 6, seed), normal(700, 6, seed + 1, shift=8)])
+
+    real = two_modes(0)
+    assert min(evaluate.precision_recall(real, two_modes(2)).values()) > 0.85
+    half = evaluate.precision_recall(real, normal(1400, 6, 4))  # one mode of two
+    assert half["precision"] > 0.85 and half["recall"] < 0.55
+    assert evaluate.precision_recall(real, normal(1400, 6, 6, 4, 20))["precision"] < 0.05  # noise
+
+
+def test_nsc_sees_mechanisms_and_not_chance():
+    wells = compound_table()
+    found = evaluate.score_profiles(wells)
+    assert found["NSC"]["accuracy"] == 1 and found["NSC"]["n"] == len(found["NSC"]["treatments"]) == 48  # without DMSO
+    assert found["NSC"]["null_mean"] < 0.3
+    assert "none of 48" in found["NSCB"]["absent"]  # every treatment is in both weeks
+    shuffled = dict(zip(wells["compound"].unique(), np.random.default_rng(1).permutation(wells["moa"][:24])))
+    found = evaluate.score_profiles(wells.assign(moa=wells["compound"].map(shuffled).fillna("DMSO")))["NSC"]
+    assert abs(found["accuracy"] - found["null_mean"]) < 3 * found["null_sd"] and abs(found["null_mean"] - 5 / 23) < 0.05
+
+
+def test_an_edited_generator_is_the_one_that_is_judged(judged, monkeypatch):
+    monkeypatch.setattr(model.Generator, "forward", lambda self, f: torch.full((len(f), 3, 68, 68), 0.25))
+    G, folder = model.load(judged / "cp2image-seed0/last.pt"), data.open_folder(judged / "data")
+    assert (evaluate.drawn(G, folder, folder.rows("train")[:2], torch.zeros(2, 0), "cpu") == 0.25).all()
 
 
 def test_plots_need_no_display_and_no_backend(tmp_path):
@@ -3182,7 +2980,7 @@ def test_plots_need_no_display_and_no_backend(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# interpolate: Edits (interpolate.py). pytest -k: golden, edits, distance, controllability, coupling, sweep, page, figures, latent, algebra, table, refused.
+# Edits (interpolate.py). pytest -k: golden, edits, distance, controllability, coupling, sweep, page, figures, latent, algebra, table, refused.
 
 
 def edit_call(command, folder_path, run_path, out, *more):

@@ -79,8 +79,9 @@ def cp2image_step(G, D, opt_g, opt_d, f, x, x_real, weights, pixel_weight=1.0, h
     with autocast(x, amp):
         x_fake = G(f)                                               # (B, C, H, W)
     logit_real, logit_fake, hidden = look(D, x, x_fake, x_real, amp)
-    if weights.device.type == "cpu" and not weights.any():
-        hidden = hidden.detach()  # the metric is still off: no backward pass through the discriminator
+    still_off = weights.device.type == "cpu" and not weights.any()
+    if still_off or hidden_weight == 0:
+        hidden = hidden.detach()  # no backward pass of the metric
 
     loss_pix = model.pixel_loss(x, x_fake)
     loss_hidden = (weights.to(hidden) * hidden).sum()               # the learned metric, faded in map by map
@@ -107,7 +108,7 @@ def cp2image_step(G, D, opt_g, opt_d, f, x, x_real, weights, pixel_weight=1.0, h
 
 def update(parts, weight_decay=0.0, scaler=None):
     """For each (net, optimiser, loss) its gradient; then every kernel shrinks by `weight_decay`; then all updates are subtracted.
-    Several processes average their gradients. `scaler`: a torch.amp.GradScaler for fp16."""
+    Several processes average their gradients. `scaler`: a torch.amp.GradScaler for fp16, which may leave an update out."""
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     for i, (net, opt, loss) in enumerate(parts):
         opt.zero_grad(set_to_none=True)
@@ -116,8 +117,9 @@ def update(parts, weight_decay=0.0, scaler=None):
     for net, _, _ in parts:
         if dist.is_initialized():
             for p in net.parameters():
-                dist.all_reduce(p.grad)
-                p.grad /= dist.get_world_size()
+                if p.grad is not None:
+                    dist.all_reduce(p.grad)
+                    p.grad /= dist.get_world_size()
         with torch.no_grad():
             for kernel in model.kernels(net):
                 kernel.mul_(1 - weight_decay)
@@ -143,7 +145,7 @@ def terms_of(hidden=(), **terms):
     """What a step tells the log, {name: number}: whatever it is given, and each hidden map's loss."""
     for k, loss in enumerate(hidden):
         terms[f"hidden{k}"] = loss
-    return {name: value.detach() for name, value in terms.items()}
+    return {name: torch.as_tensor(value).detach() for name, value in terms.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -291,7 +293,7 @@ def optimisers(args, G, D, device):
         return opt_g, None
     if args.model in GANS:
         return opt_g, adam(D.parameters(), lr=lr_d)
-    return opt_g, torch.optim.SGD(D.parameters(), lr_d, momentum=0.9)
+    return opt_g, torch.optim.SGD(D.parameters(), lr_d, momentum=0.9, fused=args.graph)
 
 
 @torch.no_grad()
@@ -306,23 +308,25 @@ def follow(G_ema, G, decay):
 
 @torch.no_grad()
 def validate(G, D, cells, rows, batch=256):
-    """Mean pixel loss and summed hidden loss of the given cells in eval mode; without a discriminator the latter is 0."""
+    """Losses of the given cells in eval mode, a mean over them: {"pix": ..., "hidden": ... (with a discriminator)}."""
     nets = [net for net in (G, D) if net is not None]
     for net in nets:
         net.eval()
-    total = np.zeros(2)
+    total = {}
     for part in np.array_split(rows, -(-len(rows) // batch)):
         x = cells.images(part)
         x_fake = model.draw(G, cells.features(part), x, None)
-        total[0] += len(part) * model.pixel_loss(x, x_fake).item()
+        losses = {"pix": model.pixel_loss(x, x_fake)}
         if D is not None:
             _, maps = D(x)
             _, maps_fake = D(x_fake)
-            hidden = model.hidden_losses(maps, maps_fake, x[0].numel())
-            total[1] += len(part) * hidden.sum().item()
+            losses["hidden"] = model.hidden_losses(maps, maps_fake, x[0].numel()).sum()
+        for name, loss in losses.items():
+            share = len(part) / len(rows)
+            total[name] = total.get(name, 0) + share * loss.item()
     for net in nets:
         net.train()
-    return (total / len(rows)).tolist()
+    return total
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -334,7 +338,9 @@ class Batches:
     0..1. Where a GPU has room the whole folder is copied there once, patches as the 16-bit integers that they are."""
 
     def __init__(self, folder, image_norm, device):
-        self.folder, self.image_norm, self.device = folder, image_norm, device
+        self.folder = folder
+        self.image_norm = image_norm
+        self.device = device
         self.on_gpu = False
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
@@ -409,7 +415,9 @@ class Run:
     state_dict, or None}: networks, optimisers, scaler."""
 
     def __init__(self, path, about, parts):
-        self.path, self.about, self.parts = Path(path), about, parts
+        self.path = Path(path)
+        self.about = about
+        self.parts = parts
         self.last = self.path / "last.pt"
         self.log_path = self.path / "log.csv"
         self.columns = []
@@ -438,9 +446,10 @@ class Run:
                 state[part_name] = None if part is None else part.state_dict()
         data.write(self.path / name, partial(torch.save, state))
 
-    def restore(self):
-        """Puts last.pt into the parts; returns (step, best). InputError where the run was another one."""
-        state = model.read_checkpoint(self.last)
+    def restore(self, device):
+        """Puts last.pt into the parts; returns (step, best). InputError where the run was another one. A CUDA graph wants
+        the optimisers' numbers on its device, all others on the CPU."""
+        state = model.read_checkpoint(self.last, device)
         if "opt_g" not in state:
             raise data.InputError(f"{self.last}: has no optimiser state to resume from; use a run's last.pt")
         differ = []
@@ -528,7 +537,10 @@ def loss_plot(rows, width=900, height=200):
     image. The first row, of untrained networks, would set the scale: it is left out once there are others."""
     panels = {}
     for name in rows[0]:
-        points = [(float(row["step"]), float(row[name])) for row in rows if row[name]]
+        points = []
+        for row in rows:
+            if row[name]:
+                points.append((float(row["step"]), float(row[name])))
         if len(points) > 3:
             points = points[1:]
         if points and name not in ("step", "cells_per_s", "hidden0", "hidden1", "hidden2", "hidden3"):
@@ -703,22 +715,17 @@ def parse(argv):
 
 def start_processes(args):
     """(rank, world, device) of this process. torchrun sets WORLD_SIZE and starts as many, each with its own GPU."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE") or 1)
     if world == 1:
-        device = data.pick_device(args.device)
-        if device.type != "cuda" and (args.amp == "fp16" or args.graph):
-            raise data.InputError("--amp fp16 and --graph need CUDA; use bf16 or off here")
-        return 0, 1, device
+        return 0, 1, data.pick_device(args.device)
     if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
         raise data.InputError(f"WORLD_SIZE={world} is set, but not by torchrun (no RANK or MASTER_ADDR): "
                               "start with torchrun, or unset it")
     if args.bench or args.graph:
         raise data.InputError("--bench and --graph are for one process")
-    backend = "gloo"
-    device = "cpu"
+    backend, device = "gloo", "cpu"
     if args.device != "cpu" and torch.cuda.is_available():
-        backend = "nccl"
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        backend, device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group(backend)
@@ -763,9 +770,13 @@ def announce(args, folder, sampler, G, D, device, world):
         print(f"model  the paper counts {total:,} at 453 features, of which {idle:,} are never trained")
     print(f"step   batch {sampler.batch} of {len(sampler.count)} treatments, processes {world}, seed {args.seed}, {device}, "
           f"layers {args.layers}, amp {args.amp}, torch {torch.__version__}")
-    if isinstance(D, model.Discriminator) and args.hidden_weight and args.steps <= args.hidden_ramp:
-        print(f"note   the learned metric fades in after step {args.hidden_ramp}: these {args.steps} steps train on "
-              "pixels only, as with --hidden-weight 0 (a smaller --hidden-ramp changes that)")
+    weights = hidden_weights(args.steps - 1, args.hidden_ramp)  # of the last step
+    acting = int((weights > 0).sum())
+    if isinstance(D, model.Discriminator) and args.hidden_weight and acting < model.HIDDEN_MAPS:
+        note = f"note   --hidden-ramp {args.hidden_ramp}: {acting} of the 4 hidden maps act in these {args.steps} steps"
+        if acting == 0:
+            note += ", which train on pixels only, as with --hidden-weight 0"
+        print(note)
     sys.stdout.flush()
 
 
@@ -800,6 +811,8 @@ def main(argv=None):
     args = parse(argv)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages on a CPU, read at the first tensor
     rank, world, device = start_processes(args)
+    if device.type != "cuda" and (args.amp == "fp16" or args.graph):
+        raise data.InputError("--amp fp16 and --graph need CUDA; use bf16 or off here")
     if device.type == "cpu":
         data.keep_freed_memory()
     if args.layers is None:
@@ -824,8 +837,8 @@ def main(argv=None):
         bench(args, G, D, f, x, x.flip(0), device, amp)
         return
     if args.layers == "fast":
-        G = faster(G, cells.features(shown))
-        D = faster(D, cells.images(shown))
+        G = faster(G, cells.features(sampler.rows[:4]))
+        D = faster(D, cells.images(sampler.rows[:4]))
     G_ema = copy.deepcopy(G) if args.ema else None
     shown_G = G_ema if args.ema else G
     opt_g, opt_d = optimisers(args, G, D, device)
@@ -845,7 +858,7 @@ def main(argv=None):
     run.check(args.resume)
     step, best = 0, float("inf")
     if args.resume:
-        step, best = run.restore()
+        step, best = run.restore(device if args.graph else "cpu")
     if step >= args.steps:
         print(f"done   {run.path} has its {args.steps} steps; give a larger --steps to go on")
         return
@@ -891,7 +904,8 @@ def main(argv=None):
             checks = {}
             if do_val and args.model not in GANS:  # nothing that a free sample could be held against
                 for split, some in checked.items():
-                    checks[f"{split}_pix"], checks[f"{split}_hidden"] = validate(shown_G, D, cells, some)
+                    for name, loss in validate(shown_G, D, cells, some).items():
+                        checks[f"{split}_{name}"] = loss
                 if checks["val_pix"] < best:
                     best = checks["val_pix"]
                     run.save("best.pt", step, best, full=False)
