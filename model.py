@@ -69,8 +69,8 @@ class BatchNorm(nn.Module):
     def forward(self, x, moments_of=None):
         x = x.to(self.weight.dtype)  # full precision under autocast
         if not self.training:
-            moments = self.running_mean, self.running_var
-            return F.batch_norm(x, *moments, self.weight, self.bias, False, 0.0, EPS)
+            running = self.running_mean, self.running_var
+            return F.batch_norm(x, *running, self.weight, self.bias, False, 0.0, EPS)
         var, mean = torch.var_mean(x[:moments_of], (0, 2, 3), correction=0)  # (C,), (C,)
         self.update_running(mean, var)
         x = (x - mean[:, None, None]) / (var[:, None, None] + EPS).sqrt()
@@ -683,8 +683,7 @@ class FastBatchNorm(BatchNorm):
     def forward(self, x, moments_of=None):
         if moments_of is not None or not self.training:
             return super().forward(x, moments_of)
-        no_pool = no_follow = None
-        y, _, mean, var = Normalise.apply(self.weight, self.bias, x, no_pool, no_follow)
+        y, _, mean, var = Normalise.apply(self.weight, self.bias, x, None, None)  # nothing pooled, nothing follows
         self.update_running(mean, var)
         return y
 
@@ -707,8 +706,8 @@ class FastBatchNorm(BatchNorm):
             y, follow, mean, var = Normalise.apply(weight, self.bias, x, pooled, follow)
             self.update_running(mean * sign, var)
             return y, follow
-        moments = (self.running_mean * sign, self.running_var)
-        fixed = (*moments, self.weight * sign, self.bias, False, 0.0, EPS)
+        running = (self.running_mean * sign, self.running_var)
+        fixed = (*running, self.weight * sign, self.bias, False, 0.0, EPS)
         y = F.batch_norm(pooled if pool else x, *fixed)
         if follow is not None:
             follow = F.batch_norm(follow, *fixed)
