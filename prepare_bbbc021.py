@@ -1105,8 +1105,8 @@ class Images:
         rows = list(zip(*columns))
         for files in rows:
             if len(set(files)) < len(files):
-                raise InputError(f"{where}: one file is named for two channels of {files[0].name}; "
-                                 "mend the table")
+                twice = max(files, key=files.count)
+                raise InputError(f"{where}: {twice.name} is named for two channels of one field; mend the table")
         return rows
 
 

@@ -1220,9 +1220,8 @@ def test_memory_is_kept_where_the_c_library_can_and_else_nothing_happens(monkeyp
     def absent(name):
         raise error
 
-    data.keep_freed_memory()
     monkeypatch.setattr(ctypes, "CDLL", absent)
-    data.keep_freed_memory()
+    assert data.keep_freed_memory() is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2021,7 +2020,7 @@ def test_fields_images_are_found_by_name_and_folder(tmp_path):
     refuses("have one name, and PathName_ 'W3' does not tell", images.find, "a.tif", "W3")
     refuses("no .tif", prepare.Images, tmp_path / "none")
     table = pd.DataFrame({"FileName_A": ["b.tiff"], "FileName_B": ["B.tiff"]})
-    refuses("one file is named for two channels of b.TIFF", images.of, table, ["A", "B"], "x")
+    refuses("b.TIFF is named for two channels of one field; mend", images.of, table, ["A", "B"], "x")
 
 
 @needs_shared
