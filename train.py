@@ -886,7 +886,7 @@ def main(argv=None):
             if args.ema:
                 follow(G_ema, G, args.ema)
             step += 1
-            finite = torch.stack(list(terms.values())).isfinite().all()
+            finite = torch.stack([value.to(device) for value in terms.values()]).isfinite().all()
             first_bad = torch.where((first_bad < 0) & ~finite, step, first_bad)
 
             is_last = step == args.steps
