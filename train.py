@@ -886,7 +886,8 @@ def main(argv=None):
             if args.ema:
                 follow(G_ema, G, args.ema)
             step += 1
-            finite = torch.stack([value.to(device) for value in terms.values()]).isfinite().all()
+            values = [value.to(device) for value in terms.values()]
+            finite = torch.stack(values).isfinite().all()
             first_bad = torch.where((first_bad < 0) & ~finite, step, first_bad)
 
             is_last = step == args.steps
