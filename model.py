@@ -29,14 +29,6 @@ OLD_FORMAT = "cp2image-2"  # the same weights; plate-dmso was another normalisat
 ABOUT_A_CELL = "cell field plate well site replicate compound concentration moa x y split".split()  # beside its features
 KINDS = ("cp2image", "vae", "vaeplus", "lsgan", "dcgan", "wgan")
 
-# At 453 features and 3 channels. The paper's "1.32 million" adds two things that its graph built and never trained.
-PAPER_PARAMETERS = {
-    "generator": 439_558,
-    "discriminator": 105_186,
-    "unused encoder": 780_404,
-    "unused output heads": 306,
-}
-
 
 class InputError(ValueError):
     """A mistake in what was given: one line with what was found, what was expected and what to do next."""

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -177,12 +178,11 @@ def vae_step(G, D, opt_g, opt_d, f, x, x_real, weights, beta=2.0, pixel_weight=1
                     hidden=hidden)
 
 
-def gan_step(G, D, opt_g, opt_d, f, x, x_real, weights, kind="lsgan", label_low=0.8, mix="pixel",
+def gan_step(G, D, opt_g, opt_d, f, x, x_real, weights, kind="lsgan",
              weight_decay=0.0, amp=None, scaler=None):
     """One step of CytoGAN's LSGAN, DCGAN or WGAN: D on fakes of a generator in eval mode, then G on fresh noise.
-    Labels are times U(label_low, 1), which smooths those of real images only. "WGAN" is WGAN with gradient penalty 10
-    and one critic step; as the code ran, every pixel is mixed in its own share (mix "pixel"), in the text every image
-    ("image")."""
+    Labels are times U(0.8, 1), which smooths those of real images only. "WGAN" is WGAN with gradient penalty 10 and one
+    critic step."""
     with torch.no_grad(), autocast(x, amp):
         G.eval()
         x_fake = G(normal(x, G.latent)).to(x.dtype)
@@ -191,10 +191,10 @@ def gan_step(G, D, opt_g, opt_d, f, x, x_real, weights, kind="lsgan", label_low=
         logit = D(torch.cat([x_fake, x])).to(x.dtype)
         fake, real = logit.chunk(2)                                 # (B,), (B,)
     if kind == "wgan":
-        penalty = gradient_penalty(D, x, x_fake, mix)
+        penalty = gradient_penalty(D, x, x_fake)
         loss_d = fake.mean() - real.mean() + 10 * penalty
     else:
-        label = 1 - torch.rand_like(real) * (1 - label_low)
+        label = 1 - 0.2 * torch.rand_like(real)
         loss_fake = distance(kind, fake, torch.zeros_like(fake))
         loss_real = distance(kind, real, label)
         loss_d = 0.5 * (loss_fake + loss_real)
@@ -223,12 +223,10 @@ def distance(kind, logit, label):
     return F.binary_cross_entropy_with_logits(logit, label)
 
 
-def gradient_penalty(D, x, x_fake, mix):
-    """Mean squared distance from 1 of D's slope at mixtures of real and generated images (Gulrajani et al. 2017)."""
-    shape = (len(x), 1, 1, 1)
-    if mix == "pixel":
-        shape = x.shape
-    share = torch.rand(shape, device=x.device, dtype=x.dtype)
+def gradient_penalty(D, x, x_fake):
+    """Mean squared distance from 1 of D's slope at mixtures of real and generated images (Gulrajani et al. 2017). As the
+    code ran, every pixel is mixed in its own share; the text mixes whole images."""
+    share = torch.rand_like(x)
     mixed = (share * x + (1 - share) * x_fake).requires_grad_()
     slope, = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
     slope = slope / 2  # of images in -1..1, as the code has them
@@ -270,7 +268,7 @@ def method(args):
     model is trained CP2Image's way."""
     metric = {"pixel_weight": args.pixel_weight, "hidden_weight": args.hidden_weight}
     if args.model in GANS:
-        return partial(gan_step, kind=args.model, label_low=args.label_low, mix=args.mix)
+        return partial(gan_step, kind=args.model)
     if args.model in ("vae", "vaeplus"):
         return partial(vae_step, beta=args.beta, **metric)
     return partial(cp2image_step, order=args.order, **metric)
@@ -535,35 +533,24 @@ COLOURS = ("steelblue", "darkorange", "firebrick")
 def loss_plot(rows, width=900, height=200):
     """The log as curves over the steps, a panel for terms that share their last word (loss_pix, train_pix, val_pix): a PIL
     image. The first row, of untrained networks, would set the scale: it is left out once there are others."""
-    panels = {}
-    for name in rows[0]:
-        points = []
-        for row in rows:
-            if row[name]:
-                points.append((float(row["step"]), float(row[name])))
-        if len(points) > 3:
-            points = points[1:]
-        if points and name not in ("step", "cells_per_s", "hidden0", "hidden1", "hidden2", "hidden3"):
-            panels.setdefault(name.split("_")[-1], {})[name] = np.array(points)  # (n, 2): step, value
+    log = pd.DataFrame(rows).apply(pd.to_numeric).set_index("step")
+    log = log.drop(columns=["cells_per_s", "hidden0", "hidden1", "hidden2", "hidden3"], errors="ignore")
+    if len(log) > 3:
+        log = log.iloc[1:]
+    panels = list(log.T.groupby(log.columns.str.split("_").str[-1], sort=False))
     picture = Image.new("RGB", (width, height * len(panels)), "white")
     pen = ImageDraw.Draw(picture)
-    for i, curves in enumerate(panels.values()):
-        draw_panel(pen, curves, 40, i * height + 30, width - 80, height - 60)
+    for i, (_, curves) in enumerate(panels):
+        low, high = curves.min(axis=None), curves.max(axis=None)
+        said = f"steps {log.index[0]} to {log.index[-1]}, values {low:.4g} to {high:.4g}"
+        pen.text((width // 2, i * height + 10), said, "black")
+        for k, (name, curve) in enumerate(curves.iterrows()):
+            curve = curve.dropna()
+            across = np.interp(curve.index, (log.index[0], log.index[-1]), (40, width - 40))
+            down = np.interp(curve, (low, high), (i * height + 170, i * height + 30))
+            pen.line(np.stack([across, down], 1).ravel().tolist(), COLOURS[k % 3], 2)
+            pen.text((40 + 130 * k, i * height + 10), name, COLOURS[k % 3])
     return picture
-
-
-def draw_panel(pen, curves, left, top, width, height):
-    """Curves {name: (n, 2) steps and values} in a frame, each with its colour, the ends of the axes written above."""
-    every = np.concatenate(list(curves.values()))
-    low, high = every.min(0), every.max(0)  # (2,) each: step, value
-    said = f"steps {low[0]:.0f} to {high[0]:.0f}, values {low[1]:.4g} to {high[1]:.4g}"
-    pen.rectangle((left, top, left + width, top + height), outline="lightgrey")
-    pen.text((left + 420, top - 20), said, "black")
-    for k, (name, points) in enumerate(curves.items()):
-        share = (points - low) / np.maximum(high - low, 1e-12)  # (n, 2) in 0..1
-        line = share * (width, -height) + (left, top + height)
-        pen.line(line.ravel().tolist(), COLOURS[k % 3], 2)
-        pen.text((left + 140 * k, top - 20), name, COLOURS[k % 3])
 
 
 TITLES = {"loss_d": "D", "loss_g": "G", "p_real": "real", "p_fake": "fake", "loss_pix": "pix", "loss_hidden": "hidden"}
@@ -675,9 +662,6 @@ def parse(argv):
     add("--weight-decay", type=float, help="share of each kernel taken off a step (default 1e-4; GANs 0)")
     add("--latent", type=int, default=256, help="VAE, VAEplus: size of the latent space (default 256)")
     add("--beta", type=float, default=2.0, help="VAE, VAEplus: weight of the KL divergence (default 2)")
-    add("--label-low", type=float, default=0.8, help="LSGAN, DCGAN: real labels from this to 1 (default 0.8)")
-    add("--mix", choices=["pixel", "image"], default="pixel",
-        help="WGAN's gradient penalty: mixed by pixel (code, default) or by image (text)")
     add("--spectral-norm", choices=on_off, help="of D's kernels (default on; VAEplus off, GANs have none)")
     add("--d-batch-norm", choices=on_off, default="on", help="in D; off shows what spectral norm does")
     add("--order", choices=["shared", "alternate"], default="shared",
@@ -706,21 +690,18 @@ def parse(argv):
         value = getattr(args, name)
         if not low <= value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} is {value}, expected {low} or more")
-    if args.ema >= 1 or args.weight_decay >= 1 or not 0 <= args.label_low <= 1:
-        parser.error("--ema and --weight-decay are shares, expected below 1, --label-low from 0 to 1")
+    if args.ema >= 1 or args.weight_decay >= 1:
+        parser.error("--ema and --weight-decay are shares, expected below 1")
     if args.batch in (1, 2, 3):
         parser.error(f"--batch is {args.batch}: batch norm needs at least 4 cells")
     return args
 
 
 def start_processes(args):
-    """(rank, world, device) of this process. torchrun sets WORLD_SIZE and starts as many, each with its own GPU."""
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    if world == 1:
+    """(rank, world, device) of this process. torchrun starts several, each with its own GPU; a WORLD_SIZE or RANK that others
+    left in the environment counts for nothing."""
+    if not dist.is_torchelastic_launched():
         return 0, 1, data.pick_device(args.device)
-    if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
-        raise data.InputError(f"WORLD_SIZE={world} is set, but not by torchrun (no RANK or MASTER_ADDR): "
-                              "start with torchrun, or unset it")
     if args.bench or args.graph:
         raise data.InputError("--bench and --graph are for one process")
     backend, device = "gloo", "cpu"
@@ -729,7 +710,7 @@ def start_processes(args):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group(backend)
-    return int(os.environ["RANK"]), world, data.pick_device(device)
+    return dist.get_rank(), dist.get_world_size(), data.pick_device(device)
 
 
 def choose_sampler(args, folder):
@@ -764,10 +745,6 @@ def announce(args, folder, sampler, G, D, device, world):
     print(f"model  {args.model}: generator {model.count_parameters(G):,} parameters")
     if D is not None:
         print(f"model  discriminator {model.count_parameters(D):,}")
-    if args.model == "cp2image":
-        total = sum(model.PAPER_PARAMETERS.values())
-        idle = model.PAPER_PARAMETERS["unused encoder"] + model.PAPER_PARAMETERS["unused output heads"]
-        print(f"model  the paper counts {total:,} at 453 features, of which {idle:,} are never trained")
     print(f"step   batch {sampler.batch} of {len(sampler.count)} treatments, processes {world}, seed {args.seed}, {device}, "
           f"layers {args.layers}, amp {args.amp}, torch {torch.__version__}")
     weights = hidden_weights(args.steps - 1, args.hidden_ramp)  # of the last step
@@ -869,11 +846,15 @@ def main(argv=None):
 
     # The loop
     caught, restore_signals = catch_signals()
-    first_bad = torch.full((), -1, device=device)  # first step with a non-finite term; there: no waiting for it
-    since = saved = first_step = step
+    stop = False
+    since = first_step = step
     started = tick = time.perf_counter()
+
+    def due(every):
+        return step == args.steps or step % every == 0
+
     try:
-        while step < args.steps and not agreed(caught, world, device, step):
+        while step < args.steps and not stop:
             torch.manual_seed(seed_of(args.seed, step, rank))  # noise, too, is a function of (seed, step, process)
             set_rates(args, step, opt_g, opt_d)
             rows = sampler.draw(args.seed, step, 2 * rank)
@@ -886,22 +867,16 @@ def main(argv=None):
             if args.ema:
                 follow(G_ema, G, args.ema)
             step += 1
-            values = [value.to(device) for value in terms.values()]
-            finite = torch.stack(values).isfinite().all()
-            first_bad = torch.where((first_bad < 0) & ~finite, step, first_bad)
 
-            is_last = step == args.steps
-            do_log = is_last or step % args.log_every == 0
-            do_val = is_last or step % args.val_every == 0
-            do_save = is_last or step % args.save_every == 0
-            do_sample = is_last or step % args.sample_every == 0
-            if rank or not (do_log or do_val or do_save or do_sample or step == 1):
+            stop = agreed(caught, world, device, step)
+            do_log = due(args.log_every) or step == 1
+            do_val = due(args.val_every)
+            do_save = due(args.save_every) or stop
+            do_sample = due(args.sample_every)
+            if rank or not (do_log or do_val or do_save or do_sample):
                 continue
-            terms = {name: value.item() for name, value in terms.items()}
-            if first_bad >= 0:
-                raise not_finite(run, first_bad.item(), step, terms)
-            seconds = time.perf_counter() - tick
-            cells_per_s = (step - since) * sampler.batch * world / seconds
+            terms = finite(run, step, terms)
+            cells_per_s = (step - since) * sampler.batch * world / (time.perf_counter() - tick)
             checks = {}
             if do_val and args.model not in GANS:  # nothing that a free sample could be held against
                 for split, some in checked.items():
@@ -916,16 +891,12 @@ def main(argv=None):
             print(log_line(step, args.steps, terms, cells_per_s, eta, checks), flush=True)
             if do_save:
                 run.save("last.pt", step, best)
-                saved = step
             if do_sample:
                 run.draw(step, shown_G, cells, shown)
             since, tick = step, time.perf_counter()  # the rate leaves validation and saving out; the eta does not
-        if caught and rank == 0 and saved != step and first_bad < 0:
-            run.save("last.pt", step, best)
-            saved = step
     finally:
         restore_signals()
-    finish(run, rank, caught, step, saved, (time.perf_counter() - started) / 60)
+    finish(run, rank, caught, step, (time.perf_counter() - started) / 60)
 
 
 def catch_signals():
@@ -968,27 +939,27 @@ def set_rates(args, step, *opts):
                 group["lr"] = now
 
 
-def not_finite(run, bad, step, terms):
-    """The error of a loss that is not a number any more."""
+def finite(run, step, terms):
+    """The terms of a step as plain numbers. InputError where one is none any more: such weights never get well, and never to disk."""
+    terms = {name: value.item() for name, value in terms.items()}
+    if np.isfinite(list(terms.values())).all():
+        return terms
     said = ", ".join(f"{name} {value:g}" for name, value in terms.items())
     kept = "no checkpoint was written yet"
     if run.last.exists():
         kept = f"{run.last} is the last good checkpoint"
-    return data.InputError(f"a loss is not finite since step {bad} (at step {step}: {said}); {kept}; "
-                           "try a smaller --lr-g or --amp off")
+    raise data.InputError(f"a loss is not finite at step {step}: {said}; {kept}; try a smaller --lr-g or --amp off")
 
 
-def finish(run, rank, caught, step, saved, minutes):
+def finish(run, rank, caught, step, minutes):
     """The last line, and the exit status of a run that was stopped: 130 for Ctrl-C, 143 for SIGTERM."""
     if dist.is_initialized():
         dist.barrier()  # torchrun ends the others as soon as one leaves
         dist.destroy_process_group()
-    if caught and rank == 0:
-        kept = "nothing new was saved"
-        if saved == step and run.last.exists():
-            kept = f"{run.last} is saved; go on with --resume"
-        print(f"stopped by {signal.Signals(caught[0]).name} at step {step}: {kept}", flush=True)
     if caught:
+        if rank == 0:
+            name = signal.Signals(caught[0]).name
+            print(f"stopped by {name} at step {step}: {run.last} is saved; go on with --resume", flush=True)
         sys.exit(128 + caught[0])
     if rank == 0:
         print(f"done   {step} steps in {minutes:.1f} min: {run.last}, pictures in {run.path / 'samples'}")
