@@ -339,34 +339,27 @@ class Batches:
         self.folder = folder
         self.image_norm = image_norm
         self.device = device
-        self.on_gpu = False
+        self.raw = folder.raw
+        self.patches = folder.patches.view(np.int16)  # on a GPU few operations take uint16
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            self.on_gpu = folder.patches.nbytes + folder.raw.nbytes < 0.7 * free
-        if self.on_gpu:
-            everything = np.arange(len(folder))
-            self.all_features = self.read_features(everything)
-            self.all_patches = self.read_patches(everything)
+            if self.raw.nbytes + self.patches.nbytes < 0.7 * free:
+                self.raw = torch.tensor(self.raw, device=device)
+                self.patches = torch.tensor(self.patches, device=device)
 
-    def read_features(self, rows):
-        raw = self.folder.measurements(rows)
-        f = model.standardise(raw, self.folder.centre, self.folder.scale)
-        return f.to(self.device)
-
-    def read_patches(self, rows):
-        patches = self.folder.patches[rows].view(np.int16)  # on a GPU few operations take uint16
-        return torch.from_numpy(patches).to(self.device)
+    def take(self, array, rows):
+        """Rows of an array, from where it is kept."""
+        if torch.is_tensor(array):
+            return array[torch.from_numpy(rows).to(self.device)]
+        return torch.from_numpy(array[rows])
 
     def features(self, rows):
-        if self.on_gpu:
-            return self.all_features[torch.from_numpy(rows).to(self.device)]
-        return self.read_features(rows)
+        raw = self.take(self.raw, rows)
+        centre, scale = self.folder.centre.to(raw.device), self.folder.scale.to(raw.device)
+        return model.standardise(raw, centre, scale).to(self.device)
 
     def images(self, rows):
-        if self.on_gpu:
-            patches = self.all_patches[torch.from_numpy(rows).to(self.device)]
-        else:
-            patches = self.read_patches(rows)
+        patches = self.take(self.patches, rows).to(self.device)
         intensity = (patches.int() & 0xFFFF).float()  # back to 0..65535
         return data.scale_images(intensity, self.image_norm, self.folder.white)
 
