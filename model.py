@@ -495,16 +495,10 @@ def standardise_table(G, table):
     extra = [str(name) for name in table.columns if name not in known]
     missing = int(raw.isnan().sum())
     clipped = int((f.abs() >= CLIP).sum())
-    said = []
-    if extra:
+    if extra or missing or clipped:
         first = ", ".join(extra[:3])
-        said.append(f"{len(extra)} columns ignored (first: {first})")
-    if missing:
-        said.append(f"{missing} missing values set to the mean")
-    if clipped:
-        said.append(f"{clipped} values clipped to {CLIP:.0f} standard deviations")
-    if said:
-        warnings.warn(f"generate: {'; '.join(said)}", stacklevel=3)
+        warnings.warn(f"generate: {len(extra)} columns ignored (first: {first}); {missing} missing values set to the mean; "
+                      f"{clipped} values clipped to {CLIP:.0f} standard deviations", stacklevel=3)
     return f
 
 
@@ -548,22 +542,12 @@ def faster(net, example):
         module.__class__ = swaps.get(type(module), type(module))
     example = example.detach().cpu().double()
     try:
-        same = alike(answers(net, example), answers(fast, example))
-    except Exception:  # whatever a changed network raises in the fast form
-        same = False
-    if not same:
+        torch.testing.assert_close(answers(fast, example), answers(net, example), rtol=1e-6, atol=1e-9)
+    except Exception:  # they differ, or whatever a changed network raises in the fast form
         print(f"note   {type(net).__name__}: the fast layers are no longer the same function as the plain ones, "
               "which run instead")
         return net
     return fast.to(memory_format=torch.channels_last)
-
-
-def alike(found, wanted):
-    """Whether two lists of float64 tensors are equal but for rounding."""
-    for a, b in zip(found, wanted, strict=True):
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-6, atol=1e-9):
-            return False
-    return True
 
 
 def answers(net, example):

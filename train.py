@@ -546,15 +546,12 @@ def loss_plot(rows, width=900, height=200):
     return picture
 
 
-TITLES = {"loss_d": "D", "loss_g": "G", "p_real": "real", "p_fake": "fake", "loss_pix": "pix", "loss_hidden": "hidden"}
-
-
 def log_line(step, steps, terms, cells_per_s, eta, checks):
     """The line of the log: every term but the single hidden maps; validation losses on the steps that have them."""
     parts = [f"step {step:6d}/{steps}"]
     for name, value in terms.items():
         if name not in ("hidden0", "hidden1", "hidden2", "hidden3"):
-            parts.append(f"{TITLES.get(name, name)} {value:7.4g}")
+            parts.append(f"{name} {value:7.4g}")
     parts.append(f"{cells_per_s:5.0f} cells/s")
     parts.append(f"eta {datetime.timedelta(seconds=int(eta))}")
     if checks:
