@@ -23,6 +23,7 @@ import os
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 from math import ceil, comb, inf, nan, pi, sqrt
 from pathlib import Path
 
@@ -85,8 +86,7 @@ def write(path, content):
     path = Path(path)
     temporary = path.with_name("." + path.name)
     if isinstance(content, str):
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(content)
+        temporary.write_bytes(content.encode())
     else:
         content(temporary)
     with open(temporary, "rb+") as file:
@@ -101,8 +101,7 @@ def pick_device(name):
     try:
         return torch.empty(1, device=name).device           # with its number
     except (RuntimeError, AssertionError, ImportError):     # what torch raises for a device that it was built without
-        count = torch.cuda.device_count()
-        raise InputError(f"--device {name}: not on this machine (it has {count} CUDA devices); "
+        raise InputError(f"--device {name}: not on this machine (it has {torch.cuda.device_count()} CUDA devices); "
                          "expected auto, cpu, cuda, cuda:1, mps, ...") from None
 
 
@@ -139,8 +138,7 @@ class Folder:
         self.scale = torch.tensor(meta["scale"], dtype=torch.float64)       # (F,)
         self.white = meta["white"]                                          # (C,) 16-bit levels, for image norm percentile
         self.identity = meta["checksums"]                                   # what a run shares with its folder
-        names = treatment_names(cells)
-        self.treatment, self.treatments = pd.factorize(names, sort=True)    # (N,) numbers, and what they stand for
+        self.treatment, self.treatments = pd.factorize(treatment_names(cells), sort=True)   # (N,) numbers, and their names
 
     def __len__(self):
         return len(self.cells)
@@ -160,7 +158,7 @@ class Folder:
 
     def measurements(self, rows):
         """Measurements of the given rows, in the folder's units: (B, F) float32 tensor. See model.standardise."""
-        return torch.from_numpy(np.ascontiguousarray(self.raw[rows]))
+        return torch.from_numpy(self.raw[rows])
 
 
 def treatment_names(cells):
@@ -197,11 +195,8 @@ def open_folder(path):
     except ValueError as error:
         raise InputError(f"{about}: not readable as JSON ({error}); "
                          "prepare the folder again") from None
-    if meta.get("format") != FORMAT:
-        raise InputError(f"{about}: format is {meta.get('format')!r}, expected {FORMAT!r}; "
-                         "prepare the folder again")
-    if meta.get("plates"):      # an older plate-dmso: raw features, and for each plate its own centre and scale
-        raise InputError(f"{about}: normalised plate by plate by an earlier version; "
+    if meta.get("format") != FORMAT or meta.get("plates"):      # plates: an older plate-dmso
+        raise InputError(f"{about}: written by another version (format {meta.get('format')!r}), expected {FORMAT!r}; "
                          "prepare the folder again")
 
     n = meta["counts"]["cells"]
@@ -211,17 +206,11 @@ def open_folder(path):
     patches = open_array(path / "patches.npy", "uint16", (n, n_channels, size, size))
     raw = open_array(path / "features.npy", "float32", (n, n_features))
     table = path / "cells.csv"
-    try:
-        cells = pd.read_csv(
-            table,
-            dtype=TEXT_COLUMNS,
-            encoding="utf-8",
-            keep_default_na=False,                          # NA may be a plate
-            na_values=dict.fromkeys(NUMBER_COLUMNS, ""),
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"{table}: not readable ({error}); "
-                         "prepare the folder again") from None
+    cells = read_csv(
+        table,
+        dtype=TEXT_COLUMNS,
+        na_values=dict.fromkeys(NUMBER_COLUMNS, ""),
+    )
     if list(cells.columns) != CELL_COLUMNS or len(cells) != n:
         raise InputError(f"{table}: {len(cells)} rows with columns {list(cells.columns)}, "
                          f"expected {n} with {CELL_COLUMNS}; prepare the folder again")
@@ -262,9 +251,7 @@ OTHER_FORMATS = {       # how a file begins that is no CSV, whatever its name
     b"\xd0\xcf\x11\xe0": "an Excel workbook",
     b"\x89HDF": "an HDF5 file",
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"\x1f\x8b": "compressed by gzip and not called .gz",
     b"\xff\xfe": "text in UTF-16",
-    b"\xfe\xff": "text in UTF-16",
 }
 
 
@@ -329,7 +316,7 @@ def refuse_other_formats(path):
     with open(path, "rb") as file:
         head = file.read(16)
     for begin, what in OTHER_FORMATS.items():
-        if head.startswith(begin) and Path(path).suffix != ".gz":
+        if head.startswith(begin):
             raise InputError(f"{path}: is {what}, expected a CSV; "
                              "save it as CSV (UTF-8, commas)")
 
@@ -346,10 +333,9 @@ def read_csv(path, **options):
     try:
         refuse_other_formats(path)
         header = pd.read_csv(path, **settings | {"nrows": 0}).columns
-        for mark, what in (("\t", "tabs"), (";", "semicolons")):
-            if len(header) == 1 and mark in str(header[0]):
-                raise InputError(f"{path}: its columns are separated by {what}, "
-                                 "expected commas, and points in decimals; save it so")
+        if len(header) == 1 and re.search("[\t;]", header[0]):
+            raise InputError(f"{path}: its columns are separated by tabs or semicolons, "
+                             "expected commas, and points in decimals; save it so")
         told = metadata_columns(header)
         settings.setdefault("dtype", dict.fromkeys(told.values(), str))
         return pd.read_csv(path, **settings)
@@ -364,10 +350,7 @@ def numbers(frame, where, first=2):
     """The frame with its columns of text as numbers. Text that is none is an InputError with its row (`first`: number of the
     first row) and column."""
     converted = {}
-    for name in frame:
-        column = frame[name]
-        if pd.api.types.is_numeric_dtype(column):
-            continue
+    for name, column in frame.select_dtypes(exclude=["number", "bool"]).items():
         text = column.fillna("").astype(str).str.strip()
         value = pd.to_numeric(text, errors="coerce").astype(float)
         wrong = value.isna() & ~text.str.lower().isin(MISSING)
@@ -387,10 +370,8 @@ def as_text(column):
 
 def annotate(table):
     """What a table tells of its cells, wells or fields: a frame of text with those of CELL_COLUMNS that it has under any usual name."""
-    told = pd.DataFrame(index=table.index)
-    for name, column in metadata_columns(table.columns).items():
-        told[name] = as_text(table[column])
-    return told
+    told = metadata_columns(table.columns)
+    return pd.DataFrame({name: as_text(table[column]) for name, column in told.items()}, table.index)
 
 
 def is_solvent(compounds):
@@ -402,17 +383,17 @@ def is_solvent(compounds):
 def read_moa(path):
     """BBBC021_v1_moa.csv in any of its copies -> frame compound, concentration (float, uM), moa; one row a treatment."""
     table = annotate(read_csv(path, dtype=str))
-    for name in ("compound", "concentration", "moa"):
+    columns = ["compound", "concentration", "moa"]
+    for name in columns:
         if name not in table:
             raise InputError(f"{path}: no column {name!r}, "
                              "expected compound, concentration and moa")
-    dose = numbers(table[["concentration"]], path)
-    table = table.assign(concentration=dose["concentration"])
-    twice = table[table.duplicated(["compound", "concentration"])]
+    table["concentration"] = numbers(table[["concentration"]], path)
+    twice = table[table.duplicated(columns[:2])]
     if len(twice):
         first = treatment_names(twice).iloc[0]
         raise InputError(f"{path}: treatment {first} stands in two rows, expected one")
-    return table[["compound", "concentration", "moa"]]
+    return table[columns]
 
 
 def complete_treatments(cells, moa=None, what="cells"):
@@ -443,18 +424,17 @@ def match_mechanisms(cells, moa):
     treatment = ["compound", "concentration"]
     treated = cells.loc[cells["compound"] != SOLVENT, treatment].drop_duplicates()
     listed = moa.rename(columns={"concentration": "listed"})
-    pairs = treated.merge(listed, on="compound")        # every dose that is used beside every dose that is listed
+    pairs = treated.merge(listed)                       # every dose that is used beside every dose that is listed
     apart = (pairs["concentration"] - pairs["listed"]).abs()
     near = pairs[apart <= DOSE_TOLERANCE * pairs["listed"]]
     near = near.drop_duplicates(treatment)
 
-    found = cells[treatment].merge(near, "left", treatment)
+    found = cells[treatment].merge(near, "left")
     found.index = cells.index
     dose = found["listed"].fillna(cells["concentration"])
     cells = cells.assign(moa=found["moa"].fillna("unknown"), concentration=dose)
     report = [f"{len(near)} of {len(treated)} treatments have a mechanism"]
-    elsewhere = set(pairs["compound"]) - set(near["compound"])
-    elsewhere = sorted(elsewhere)
+    elsewhere = sorted(set(pairs["compound"]) - set(near["compound"]))
     if elsewhere:
         report.append(f"{len(elsewhere)} compounds have a mechanism at other doses only: "
                       f"{', '.join(elsewhere[:10])}")
@@ -505,8 +485,7 @@ def scale_by_dmso(x, plates, is_dmso, how="z"):
             raise InputError(f"plate {plate}: {len(dmso)} rows of DMSO, "
                              f"at least 2 are needed to scale it by {how}; leave the plate out")
         centre, spread = centre_and_spread(dmso, how)
-        flat = spread <= FLAT * np.abs(centre)
-        spread = np.where(flat, np.inf, spread)     # makes 0 of everything
+        spread[spread <= FLAT * np.abs(centre)] = inf           # makes 0 of everything
         x[here] = (x[here] - centre) / spread
     return x.clip(-10, 10) if how == "mad" else x
 
@@ -536,10 +515,9 @@ def normalise_plates(table):
                              "by their own DMSO rows; add the column")
     features, _ = feature_columns(table)
     values = numbers(table[features], "the table")
-    is_dmso = is_solvent(about["compound"])
     table = table.copy()
     values = values.to_numpy(np.float64)
-    table[features] = scale_by_dmso(values, about["plate"], is_dmso)
+    table[features] = scale_by_dmso(values, about["plate"], is_solvent(about["compound"]))
     table.attrs["normalise"] = "plate-dmso"
     return table
 
@@ -595,8 +573,7 @@ def composite(x):
     if x.dtype != torch.uint8:
         x = x.float().clamp(0, 1) * 255
         x = x.round().to(torch.uint8)
-    absent = 3 - x.shape[1]
-    x = F.pad(x, (0, 0, 0, 0, 0, absent))               # a channel that is absent is black
+    x = F.pad(x, (0, 0, 0, 0, 0, 3 - x.shape[1]))       # a channel that is absent is black
     return x.flip(1).permute(0, 2, 3, 1).numpy()
 
 
@@ -675,16 +652,14 @@ def hills(height):
     n, h, w = height.shape
     index = np.arange(height.size).reshape(n, h, w)
     best = height - 1e-9 * (index % (h * w))            # the tilt breaks ties on a plateau
+    heights = np.pad(best, ((0, 0), (1, 1), (1, 1)), constant_values=-inf)
     to = index                                          # the highest of each pixel and its neighbours
-    border = ((0, 0), (1, 1), (1, 1))
-    heights = np.pad(best, border, constant_values=-np.inf)
-    indices = np.pad(index, border)
     for dy in (0, 1, 2):
         for dx in (0, 1, 2):
-            neighbour = np.s_[:, dy:dy + h, dx:dx + w]
-            higher = heights[neighbour] > best
-            to = np.where(higher, indices[neighbour], to)
-            best = np.where(higher, heights[neighbour], best)
+            neighbour = heights[:, dy:dy + h, dx:dx + w]
+            higher = neighbour > best
+            to = np.where(higher, index + (dy - 1) * w + dx - 1, to)
+            best = np.where(higher, neighbour, best)
     to = to.ravel()
     while (to[to] != to).any():                         # follow the pointers, doubling the stride
         to = to[to]
@@ -725,22 +700,19 @@ def segment_patches(dapi, tubulin, actin):
     # the nucleus nearest to the middle
     dy = np.arange(h)[:, None] - (h - 1) / 2
     dx = np.arange(w) - (w - 1) / 2
-    away = np.hypot(dy, dx)
-    away = np.where(nuclei > 0, away, np.inf)
+    away = np.where(nuclei > 0, np.hypot(dy, dx), inf)
     nearest = away.min((1, 2), keepdims=True)
     first = away.reshape(n, -1).argmin(1)
-    flat = nuclei.reshape(n, -1)
-    label = flat[np.arange(n), first][:, None, None]
-    label = np.where(nearest <= CENTRE, label, -1)
-    nucleus = nuclei == label
-    nucleus = keep_connected(nucleus, nucleus & (away == nearest))
+    label = nuclei.reshape(n, -1)[np.arange(n), first]
+    label = label[:, None, None]
+    nucleus = keep_connected(nuclei == label, (away == nearest) & (away <= CENTRE))
     cell = keep_connected(cells == label, nucleus) | nucleus
 
     # is it plausible?
     area = nucleus.sum((1, 2))
     bright = (smooth * nucleus).sum((1, 2))
     bright /= np.maximum(area, 1)
-    background = np.where(nuclei > 0, np.nan, smooth)
+    background = np.where(nuclei > 0, nan, smooth)
     dark = np.nanmedian(background, (1, 2))
     plausible = (area >= MIN_AREA) & (area <= MAX_SHARE * h * w)
     plausible &= bright > MIN_CONTRAST * dark
@@ -752,9 +724,8 @@ def segment(images, chunk=256):
     """Nucleus and cell in the middle of each patch.
     images (N, 3, H, W) uint16 or float of any scale, channels DAPI, tubulin, actin. Returns masks (N, H, W) uint8, bit 1 nucleus,
     bit 2 cell (with the nucleus). A patch without a plausible nucleus at its centre (too small, too large, no contrast) is zero."""
-    n, _, h, w = images.shape
-    masks = np.zeros((n, h, w), np.uint8)
-    for start in range(0, n, chunk):
+    masks = np.zeros_like(images[:, 0], np.uint8)
+    for start in range(0, len(images), chunk):
         here = slice(start, start + chunk)
         stacks = np.asarray(images[here], np.float32).swapaxes(0, 1)
         masks[here] = segment_patches(*stacks)
@@ -769,8 +740,6 @@ def segment_field(dapi, tubulin, actin):
     smooth, nuclei = find_nuclei(dapi)
     _, rank = np.unique(nuclei, return_inverse=True)
     nuclei = rank.reshape(nuclei.shape)
-    if not nuclei.any():
-        return np.zeros((2, *nuclei.shape[1:]), np.int32)
     label = np.arange(nuclei.max() + 1)
     dark = np.median(smooth[nuclei == 0])
     area = np.bincount(nuclei.ravel())
@@ -822,11 +791,15 @@ def extent(m):
     return first, m.shape[-1] - after
 
 
+def neighbours(x, axis):
+    """Sum of the two neighbours of every pixel along an axis. (Only margin rolls over the border.)"""
+    return x.roll(1, axis) + x.roll(-1, axis)
+
+
 def outline(m):
-    """Pixels of m with one of their 4 neighbours outside. (Only margin rolls over the border.)"""
-    above_and_below = m.roll(1, 1) & m.roll(-1, 1)
-    beside = m.roll(1, 2) & m.roll(-1, 2)
-    return m & ~(above_and_below & beside)
+    """Pixels of m with one of their 4 neighbours outside."""
+    inside = m.byte()
+    return m & (neighbours(inside, 1) + neighbours(inside, 2) < 4)
 
 
 def distance_to_outside(m):
@@ -848,18 +821,19 @@ def coordinates(m):
 
 
 def moments(weight, y, x, order):
-    """sum of weight * y**p * x**q: weight (N, H, W), y (N, H), x (N, W) -> (N, order + 1, order + 1) [p, q]."""
+    """sum of weight * y**p * x**q: weight (N, H, W), y (N, H), x (N, W) -> (order + 1, order + 1, N) [p, q]."""
     y = torch.stack([y ** p for p in range(order + 1)], 1)
     x = torch.stack([x ** q for q in range(order + 1)], 1)
-    return y @ weight @ x.mT
+    table = y @ weight @ x.mT
+    return table.permute(1, 2, 0)
 
 
 def ellipse(central):
-    """Axes and orientation of the ellipse with the same second moments; central moments (N, 4, 4)."""
-    area = central[:, 0, 0]
-    yy = central[:, 2, 0] / area
-    xx = central[:, 0, 2] / area
-    xy = central[:, 1, 1] / area
+    """Axes and orientation of the ellipse with the same second moments; central moments (4, 4, N)."""
+    area = central[0, 0]
+    yy = central[2, 0] / area
+    xx = central[0, 2] / area
+    xy = central[1, 1] / area
     spread = torch.hypot((yy - xx) / 2, xy)
     major = (yy + xx) / 2 + spread
     minor = ((yy + xx) / 2 - spread).clamp(min=0)
@@ -882,10 +856,9 @@ def ellipse(central):
 def perimeter(edge):
     """Length of an outline (N, H, W): a pixel weighs by its neighbours on it, 2 for a side and 10 for a corner (Benkrid, Crookes)."""
     edge = edge.byte()
-    beside = edge.roll(1, 2) + edge.roll(-1, 2)
-    above = edge.roll(1, 1) + edge.roll(-1, 1)
-    corners = beside.roll(1, 1) + beside.roll(-1, 1)
-    sides = beside + above
+    beside = neighbours(edge, 2)
+    sides = beside + neighbours(edge, 1)
+    corners = neighbours(beside, 1)
     code = edge * (1 + 2 * sides + 10 * corners)
     weight = torch.zeros(50, device=edge.device).double()
     weight[[5, 7, 15, 17, 25, 27]] = 1
@@ -923,14 +896,13 @@ def dot(u, v):
 
 
 def hu_moments(normal):
-    """Hu's 7 moments, which do not change when an object turns; normal (N, 4, 4): normalised central moments."""
-    n20 = normal[:, 2, 0]
-    n11 = normal[:, 1, 1]
-    n02 = normal[:, 0, 2]
-    n30 = normal[:, 3, 0]
-    n21 = normal[:, 2, 1]
-    n12 = normal[:, 1, 2]
-    n03 = normal[:, 0, 3]
+    """Hu's 7 moments, which do not change when an object turns; normal (4, 4, N): normalised central moments."""
+    (
+        (_, _, n02, n03),
+        (_, n11, n12, _),
+        (n20, n21, _, _),
+        (n30, _, _, _),
+    ) = normal
     a = torch.complex(n20 - n02, 2 * n11)               # a turn by t multiplies these by exp(2it), exp(3it) and exp(it)
     b = torch.complex(n30 - 3 * n12, 3 * n21 - n03)
     c = torch.complex(n30 + n12, n21 + n03).conj()
@@ -1003,7 +975,7 @@ def zernike(m):
     y, x = coordinates(m)
     y = (y - centre.imag) / radius
     x = (x - centre.real) / radius
-    moment = moments(m.double(), y, x, 9).flatten(1)                            # (N, 100)
+    moment = moments(m.double(), y, x, 9).permute(2, 0, 1).flatten(1)           # (N, 100)
     polynomial = torch.from_numpy(zernike_coefficients()).to(m.device).flatten(1)
     value = moment.to(torch.complex128) @ polynomial.T                          # (N, 30)
     value = value.abs() / (pi * radius ** 2)
@@ -1020,16 +992,17 @@ def area_shape(m, edge, distance):
     y = y - top[:, None]                       # from the corner of the box
     x = x - left[:, None]
     raw = moments(m.double(), y, x, 3)
-    area = raw[:, 0, 0]
-    cy = raw[:, 1, 0] / area
-    cx = raw[:, 0, 1] / area
+    area = raw[0, 0]
+    cy = raw[1, 0] / area
+    cx = raw[0, 1] / area
     y = y - cy[:, None]
     x = x - cx[:, None]
     central = moments(m.double(), y, x, 3)
     order = torch.arange(4, device=m.device)
     order = (order[:, None] + order) / 2 + 1
-    normal = central / area[:, None, None] ** order
-    normal[:, [0, 0, 1], [0, 1, 0]] = nan          # as scikit-image leaves them
+    norm = area[:, None, None] ** order            # (N, 4, 4)
+    normal = central / norm.permute(1, 2, 0)
+    normal[[0, 0, 1], [0, 1, 0]] = nan          # as scikit-image leaves them
     length = perimeter(edge)
     roundness = 4 * pi * area / length ** 2
     value = {
@@ -1059,7 +1032,7 @@ def area_shape(m, edge, distance):
     for kind, table, rows in tables:
         for p in range(rows):
             for q in range(4):
-                value[f"{kind}Moment_{p}_{q}"] = table[:, p, q]
+                value[f"{kind}Moment_{p}_{q}"] = table[p, q]
     value |= zernike(m)
     return {f"AreaShape_{name}": v for name, v in value.items()}
 
@@ -1075,8 +1048,7 @@ def quantile(ranked, count, share):
     high = torch.minimum(low + 1, last)
     part = (place - low)[:, None]
     index = torch.stack([low, high], 1).long()                                  # (N, 2)
-    index = index[:, None].expand(-1, ranked.shape[1], 2)
-    low, high = ranked.gather(2, index).double().unbind(2)
+    low, high = ranked.take_along_dim(index[:, None], 2).double().unbind(2)
     return low * (1 - part) + high * part
 
 
@@ -1092,7 +1064,7 @@ def intensity(x, m, edge, channels):
     total, total_rim, light_y, light_x = (weight @ x.double().mT).unbind(1)     # each (N, C)
     mean = total / area
     off = x.double() - mean[..., None]
-    _, off_rim, _, _ = (weight @ off.mT).unbind(1)
+    off_rim = (weight @ off.mT)[:, 1]
     square, square_rim, _, _ = (weight @ (off ** 2).mT).unbind(1)
     variance_rim = square_rim / rim - (off_rim / rim) ** 2
     shift_y = light_y / total - sum_y / area
@@ -1350,12 +1322,10 @@ def correlation(x, m, channels, threshold=0.15):
         "Manders": bright @ above.mT / bright.sum(2, keepdim=True),
     }
     value = {}
-    for i, a in enumerate(channels):
-        for j, b in enumerate(channels):
-            tables = symmetric | directed if i < j else directed
-            for name, table in tables.items():
-                if i != j:
-                    value[f"Correlation_{name}_{a}_{b}"] = table[:, i, j]
+    for (i, a), (j, b) in permutations(enumerate(channels), 2):
+        tables = symmetric | directed if i < j else directed
+        for name, table in tables.items():
+            value[f"Correlation_{name}_{a}_{b}"] = table[:, i, j]
     return value
 
 
@@ -1376,12 +1346,11 @@ def measure_objects(x, m, channels, scale):
 def measure_patches(images, masks, channels, scale, device):
     """See `measure`; all patches at once."""
     whole = FULL_SCALE if images.dtype.kind in "ui" else 1
-    x = images.astype(np.float32) / np.float32(whole)
-    x = torch.from_numpy(x).to(device)
-    mask = torch.from_numpy(masks).to(device)
+    x = torch.from_numpy(images.astype(np.float32) / whole)
+    mask = torch.from_numpy(masks)
     margin = (MARGIN,) * 4
-    x = F.pad(x, margin)
-    mask = F.pad(mask, margin)
+    x = F.pad(x.to(device), margin)
+    mask = F.pad(mask.to(device), margin)
     nucleus = mask & NUCLEUS > 0
     cell = mask & CELL > 0
     result = {}
@@ -1438,9 +1407,8 @@ def measurements(x, channels, white=None, device="cpu"):
         raise InputError(f"channels {', '.join(channels)}: measuring needs three, "
                          "the stain of the nucleus first")
     x = np.asarray(x)
-    if x.dtype == np.uint8:
-        x = x / np.float32(255)
-    x = x.astype(np.float32)
+    whole = 255 if x.dtype == np.uint8 else 1
+    x = x.astype(np.float32) / whole
     if white is not None:
         white = np.asarray(white, np.float32) / FULL_SCALE
         x = x * white[:, None, None]
