@@ -55,6 +55,7 @@ CELL_COLUMNS = [
     "y",                    # pixels, row
     "split",                # train, val, test or reference
 ]
+TREATMENT = ["compound", "concentration"]
 NUMBER_COLUMNS = ("concentration", "x", "y")
 TEXT_COLUMNS = {name: str for name in CELL_COLUMNS if name not in NUMBER_COLUMNS}
 
@@ -101,7 +102,7 @@ def pick_device(name):
     try:
         return torch.empty(1, device=name).device           # with its number
     except (RuntimeError, AssertionError, ImportError):     # what torch raises for a device that it was built without
-        raise InputError(f"--device {name}: not on this machine (it has {torch.cuda.device_count()} CUDA devices); "
+        raise InputError(f"--device {name}: not on this machine ({torch.cuda.device_count()} CUDA devices); "
                          "expected auto, cpu, cuda, cuda:1, mps, ...") from None
 
 
@@ -138,7 +139,7 @@ class Folder:
         self.scale = torch.tensor(meta["scale"], dtype=torch.float64)       # (F,)
         self.white = meta["white"]                                          # (C,) 16-bit levels, for image norm percentile
         self.identity = meta["checksums"]                                   # what a run shares with its folder
-        self.treatment, self.treatments = pd.factorize(treatment_names(cells), sort=True)   # (N,) numbers, and their names
+        self.treatment, self.treatments = pd.factorize(treatment_names(cells), sort=True)   # (N,) numbers, names
 
     def __len__(self):
         return len(self.cells)
@@ -196,8 +197,8 @@ def open_folder(path):
         raise InputError(f"{about}: not readable as JSON ({error}); "
                          "prepare the folder again") from None
     if meta.get("format") != FORMAT or meta.get("plates"):      # plates: an older plate-dmso
-        raise InputError(f"{about}: written by another version (format {meta.get('format')!r}), expected {FORMAT!r}; "
-                         "prepare the folder again")
+        raise InputError(f"{about}: written by another version (format {meta.get('format')!r}), "
+                         f"expected {FORMAT!r}; prepare the folder again")
 
     n = meta["counts"]["cells"]
     n_channels = len(meta["channels"])
@@ -383,13 +384,13 @@ def is_solvent(compounds):
 def read_moa(path):
     """BBBC021_v1_moa.csv in any of its copies -> frame compound, concentration (float, uM), moa; one row a treatment."""
     table = annotate(read_csv(path, dtype=str))
-    columns = ["compound", "concentration", "moa"]
+    columns = [*TREATMENT, "moa"]
     for name in columns:
         if name not in table:
             raise InputError(f"{path}: no column {name!r}, "
                              "expected compound, concentration and moa")
     table["concentration"] = numbers(table[["concentration"]], path)
-    twice = table[table.duplicated(columns[:2])]
+    twice = table[table.duplicated(TREATMENT)]
     if len(twice):
         first = treatment_names(twice).iloc[0]
         raise InputError(f"{path}: treatment {first} stands in two rows, expected one")
@@ -404,11 +405,9 @@ def complete_treatments(cells, moa=None, what="cells"):
     if "concentration" not in cells:
         cells["concentration"] = np.nan
     dose = numbers(cells[["concentration"]], f"the {what}", first=1)
-    digits = dose["concentration"].map("{:.6g}".format)
-    cells["concentration"] = digits.astype(float)
+    cells["concentration"] = dose.map("{:.6g}".format).astype(float)
     solvent = is_solvent(cells["compound"])
-    cells.loc[solvent, "compound"] = SOLVENT
-    cells.loc[solvent, "concentration"] = 0.0
+    cells.loc[solvent, TREATMENT] = SOLVENT, 0.0
     report = []
     if moa is not None:
         cells, report = match_mechanisms(cells, moa)
@@ -421,15 +420,14 @@ def complete_treatments(cells, moa=None, what="cells"):
 def match_mechanisms(cells, moa):
     """The mechanism of each row from its compound and dose, the dose within DOSE_TOLERANCE; returns (cells, report lines).
     The dose becomes the one of the list."""
-    treatment = ["compound", "concentration"]
-    treated = cells.loc[cells["compound"] != SOLVENT, treatment].drop_duplicates()
+    treated = cells.loc[cells["compound"] != SOLVENT, TREATMENT].drop_duplicates()
     listed = moa.rename(columns={"concentration": "listed"})
-    pairs = treated.merge(listed)                       # every dose that is used beside every dose that is listed
+    pairs = treated.merge(listed)                       # every dose used beside every dose listed
     apart = (pairs["concentration"] - pairs["listed"]).abs()
     near = pairs[apart <= DOSE_TOLERANCE * pairs["listed"]]
-    near = near.drop_duplicates(treatment)
+    near = near.drop_duplicates(TREATMENT)
 
-    found = cells[treatment].merge(near, "left")
+    found = cells[TREATMENT].merge(near, "left")
     found.index = cells.index
     dose = found["listed"].fillna(cells["concentration"])
     cells = cells.assign(moa=found["moa"].fillna("unknown"), concentration=dose)
@@ -451,8 +449,8 @@ def complete_cells(cells, moa=None):
     report = []
     for name in cells.columns.difference(NUMBER_COLUMNS, sort=False):
         text = as_text(cells[name])
-        missing = text.isin(["", "unknown"])
-        cells[name] = text.mask(missing, "unknown")
+        cells[name] = text.replace("", "unknown")
+        missing = cells[name] == "unknown"
         if missing.any() and name != "moa":
             first = cells["cell"][missing].iloc[0]
             report.append(f"{missing.sum()} cells have no {name}: "
@@ -534,8 +532,7 @@ class TreatmentSampler:
     def __init__(self, rows, treatment, batch=None):
         order = np.argsort(treatment[rows], kind="stable")
         self.rows = rows[order]     # grouped by treatment
-        groups = treatment[self.rows]
-        _, self.start, self.count = np.unique(groups, return_index=True, return_counts=True)
+        _, self.start, self.count = np.unique(treatment[self.rows], return_index=True, return_counts=True)
         self.batch = batch or len(self.count)
 
     def draw(self, seed, step, stream):
@@ -599,6 +596,7 @@ MIN_AREA = 150              # pixels, of a plausible nucleus
 MAX_SHARE = 0.75            # of its patch, what a plausible nucleus covers at most
 MIN_CONTRAST = 1.5          # nucleus : background in DAPI; blank BBBC021 crops have 1.02-1.06, real nuclei 2.2 and more
 CENTRE = 6                  # pixels, how far from the middle of its patch the central nucleus may begin
+PLANE = (1, 2)              # axes of an image in a stack (N, H, W)
 APART = (1e3, 1, 1)         # pixels between neighbours in a stack: its images are far from each other
 
 FLAT4 = ndi.generate_binary_structure(2, 1)[None]       # (1, 3, 3): a pixel and its 4 neighbours in the same image
@@ -606,7 +604,7 @@ FLAT4 = ndi.generate_binary_structure(2, 1)[None]       # (1, 3, 3): a pixel and
 
 def relative(x):
     """Each image of a stack divided by its own maximum."""
-    brightest = x.max((1, 2), keepdims=True)
+    brightest = x.max(PLANE, keepdims=True)
     return x / np.maximum(brightest, 1e-12)
 
 
@@ -640,10 +638,10 @@ def foreground(x, sigma, level=1.0):
     x = ndi.gaussian_filter(x, (0, sigma, sigma))
     # in the logarithm a dim nucleus beside a bright one stays; + 0.05: the faint halo of a generated one does not count
     log = np.log(relative(x) + 0.05)
-    low = np.percentile(log, 0.1, axis=(1, 2), keepdims=True)
+    low = np.percentile(log, 0.1, axis=PLANE, keepdims=True)
     bright = log > low + level * (otsu(log) - low)
     bright = ndi.binary_fill_holes(bright, FLAT4)
-    everywhere = bright.all((1, 2), keepdims=True)
+    everywhere = bright.all(PLANE, keepdims=True)
     return x, bright & ~everywhere
 
 
@@ -698,10 +696,10 @@ def segment_patches(dapi, tubulin, actin):
     n, h, w = nuclei.shape
 
     # the nucleus nearest to the middle
-    dy = np.arange(h)[:, None] - (h - 1) / 2
-    dx = np.arange(w) - (w - 1) / 2
-    away = np.where(nuclei > 0, np.hypot(dy, dx), inf)
-    nearest = away.min((1, 2), keepdims=True)
+    y, x = np.ogrid[:h, :w]
+    away = np.hypot(y - (h - 1) / 2, x - (w - 1) / 2)
+    away = np.where(nuclei > 0, away, inf)
+    nearest = away.min(PLANE, keepdims=True)
     first = away.reshape(n, -1).argmin(1)
     label = nuclei.reshape(n, -1)[np.arange(n), first]
     label = label[:, None, None]
@@ -709,11 +707,11 @@ def segment_patches(dapi, tubulin, actin):
     cell = keep_connected(cells == label, nucleus) | nucleus
 
     # is it plausible?
-    area = nucleus.sum((1, 2))
-    bright = (smooth * nucleus).sum((1, 2))
+    area = nucleus.sum(PLANE)
+    bright = (smooth * nucleus).sum(PLANE)
     bright /= np.maximum(area, 1)
     background = np.where(nuclei > 0, nan, smooth)
-    dark = np.nanmedian(background, (1, 2))
+    dark = np.nanmedian(background, PLANE)
     plausible = (area >= MIN_AREA) & (area <= MAX_SHARE * h * w)
     plausible &= bright > MIN_CONTRAST * dark
     masks = NUCLEUS * nucleus + CELL * cell
@@ -864,7 +862,7 @@ def perimeter(edge):
     weight[[5, 7, 15, 17, 25, 27]] = 1
     weight[[21, 33]] = sqrt(2)
     weight[[13, 23]] = (1 + sqrt(2)) / 2
-    return weight[code.int()].sum((1, 2))
+    return weight[code.int()].sum(PLANE)
 
 
 def euler_number(m):
@@ -874,7 +872,7 @@ def euler_number(m):
     corners = rows | rows.roll(1, 2)
     sides = rows.int() + columns.int()
     count = corners.int() - sides + m.int()
-    return count.sum((1, 2))
+    return count.sum(PLANE)
 
 
 def radii(m, distance, area):
@@ -884,8 +882,8 @@ def radii(m, distance, area):
     middle = torch.stack([area - 1, area], 1) // 2
     middle = middle.long()
     return {
-        "MaximumRadius": distance.amax((1, 2)),
-        "MeanRadius": distance.sum((1, 2)) / area,
+        "MaximumRadius": distance.amax(PLANE),
+        "MeanRadius": distance.sum(PLANE) / area,
         "MedianRadius": ranked.gather(1, middle.clamp(min=0)).mean(1),
     }
 
@@ -1057,8 +1055,8 @@ def intensity(x, m, edge, channels):
     row, column = coordinates(m)
     weights = [m, edge, m * row[:, None], m * column]
     weight = torch.stack(weights, 1).flatten(2)                                 # (N, 4, P) float64
-    m = m.flatten(1)                                                            # (N, P)
-    edge = edge.flatten(1)
+    m = m.flatten(1)[:, None]                                                   # (N, 1, P)
+    edge = edge.flatten(1)[:, None]
     x = x.flatten(2)                                                            # (N, C, P) float32
     area, rim, sum_y, sum_x = weight.sum(2, keepdim=True).unbind(1)             # each (N, 1)
     total, total_rim, light_y, light_x = (weight @ x.double().mT).unbind(1)     # each (N, C)
@@ -1071,7 +1069,7 @@ def intensity(x, m, edge, channels):
     shift_x = light_x / total - sum_x / area
 
     count = area[:, 0]
-    ranked = sort_last(x.masked_fill(~m[:, None], inf))
+    ranked = sort_last(x.masked_fill(~m, inf))
     median = quantile(ranked, count, 0.5)
     off_median = (ranked - median[..., None].float()).abs()
     value = {
@@ -1083,8 +1081,8 @@ def intensity(x, m, edge, channels):
         "IntegratedIntensityEdge": total_rim,
         "MeanIntensityEdge": total_rim / rim,
         "StdIntensityEdge": variance_rim.clamp(min=0).sqrt(),
-        "MinIntensityEdge": x.masked_fill(~edge[:, None], inf).amin(2),
-        "MaxIntensityEdge": x.masked_fill(~edge[:, None], -inf).amax(2),
+        "MinIntensityEdge": x.masked_fill(~edge, inf).amin(2),
+        "MaxIntensityEdge": x.masked_fill(~edge, -inf).amax(2),
         "MassDisplacement": torch.hypot(shift_y, shift_x),
         "LowerQuartileIntensity": quantile(ranked, count, 0.25),
         "MedianIntensity": median,
@@ -1129,7 +1127,7 @@ def haralick(row, low, high, count, levels):
     """Haralick's 13 features of the pairs of `grey_pairs`; levels (R,): 1 + the highest level. {name: (R,)}, NaN without pairs."""
     rows = len(levels)
     k = torch.arange(511, dtype=torch.float64, device=row.device)
-    k2 = k ** 2
+    k2 = k[:256] ** 2
 
     def tally(bins, index, weight):
         return torch.bincount(index, weight, rows * bins).double().view(rows, bins)
@@ -1141,18 +1139,16 @@ def haralick(row, low, high, count, levels):
     as_low = tally(256, row << 8 | low, count)
     as_high = tally(256, row << 8 | high, count)
     single_p = (as_low + as_high) / (2 * total)
-    sums = tally(512, (row << 9) + low + high, count)[:, :511]
-    sum_p = sums / total
-    differences = tally(256, (row << 8) + high - low, count)
-    difference_p = differences / total
+    sum_p = tally(512, (row << 9) + low + high, count)[:, :511] / total
+    difference_p = tally(256, (row << 8) + high - low, count) / total
     ordered = torch.where(low == high, count, count / 2)                        # of (low, high), and as many of (high, low)
     logs = tally(1, row, count * ordered.log2())
     joint = (total.log2() - logs / total)[:, 0]
     single = entropy(single_p)
     mean = single_p @ k[:256]
-    variance = single_p @ k2[:256] - mean ** 2
-    contrast = difference_p @ k2[:256]
-    sum_square = sum_p @ k2
+    variance = single_p @ k2 - mean ** 2
+    contrast = difference_p @ k2
+    sum_square = sum_p @ k ** 2
     covariance = (sum_square - contrast) / 4 - mean ** 2
     moment = tally(1, row, count * ordered) / total ** 2
     return {
@@ -1160,7 +1156,7 @@ def haralick(row, low, high, count, levels):
         "Contrast": contrast,
         "Correlation": torch.where(variance == 0, 1, covariance / variance),
         "Variance": variance,
-        "InverseDifferenceMoment": difference_p @ (1 / (1 + k2[:256])),
+        "InverseDifferenceMoment": difference_p @ (1 / (1 + k2)),
         "SumAverage": 2 * mean,
         "SumVariance": sum_square - 4 * mean ** 2,
         "SumEntropy": entropy(sum_p),
@@ -1179,7 +1175,7 @@ def texture(x, m, channels, scale):
     for channel, pixels in zip(channels, x.unbind(1)):
         level = (pixels * 255).round().clamp(0, 255)
         level = level.int() * m
-        levels = level.amax((1, 2)).repeat_interleave(4) + 1
+        levels = level.amax(PLANE).repeat_interleave(4) + 1
         for name, v in haralick(*grey_pairs(level, scale), levels).items():
             v = v.view(-1, 4)                                                   # (N, directions)
             lacking = v.isnan().any(1)
@@ -1218,15 +1214,14 @@ def path_length(m, row, column):
     """Shortest way inside m from pixel (row, column) of each object, by steps of 1 and sqrt(2): (N, H, W), inf = no way.
     In numpy on any device: it is hundreds of small steps."""
     n, h, w = m.shape
-    y = np.arange(h)[:, None, None]                                             # (H, 1, 1)
-    x = np.arange(w)[:, None]                                                   # (W, 1)
+    y, x, _ = np.ogrid[:h, :w, :1]                                              # (H, 1, 1), (1, W, 1)
     dy = np.abs(y - row)
     dx = np.abs(x - column)
     free = np.maximum(dy, dx) + DIAGONAL * np.minimum(dy, dx)                   # (H, W, N), with nothing in the way
     free = free.astype(np.float32)
-    length = np.where(free == 0, free, np.float32(np.inf))
+    length = np.where(free == 0, free, np.float32(inf))
     inside = np.ascontiguousarray(m.transpose(1, 2, 0))
-    step = np.where(inside, np.float32(1), np.float32(np.inf))
+    step = np.where(inside, np.float32(1), np.float32(inf))
     sweep_all(length, step)
     detour = inside & (length > free + 1e-3)
     todo = np.flatnonzero(detour.any((0, 1)))                                   # another one may be shorter
@@ -1243,8 +1238,7 @@ def ring_and_wedge(m, distance):
     """Ring * WEDGES + wedge of every pixel seen from the innermost one, in RINGS rings from there to the edge: (N, H, W), -1
     outside. The innermost pixel is the first one farthest from the edge. Where several tie, CellProfiler's choice is arbitrary."""
     centre = distance.flatten(1).argmax(1)
-    row = centre // m.shape[2]
-    column = centre % m.shape[2]
+    row, column = torch.unravel_index(centre, m.shape[1:])
     place = torch.stack([row, column]).cpu().numpy()
     path = path_length(m.cpu().numpy(), *place)
     path = torch.from_numpy(path).to(m.device).double()
@@ -1282,11 +1276,10 @@ def radial_distribution(x, sector, channels):
         average = mean.sum(2) / used.sum(2)
         off = (mean - average[..., None]) * used
         variance = (off ** 2).sum(2) / used.sum(2)
-        spread = variance.sqrt()
         kinds = {
             "FracAtD": share,
             "MeanFrac": share / (share_of_pixels + np.finfo(float).eps),
-            "RadialCV": (spread / average).nan_to_num(0),
+            "RadialCV": (variance.sqrt() / average).nan_to_num(0),
         }
         for name, v in kinds.items():
             for i in range(RINGS):
@@ -1332,17 +1325,6 @@ def correlation(x, m, channels, threshold=0.15):
 # All families of all compartments
 
 
-def measure_objects(x, m, channels, scale):
-    """One object a patch: {name: (N,) values}, the name without that of the object."""
-    edge = outline(m)
-    distance = distance_to_outside(m)
-    value = area_shape(m, edge, distance)
-    value |= intensity(x, m, edge, channels)
-    value |= texture(x, m, channels, scale)
-    value |= radial_distribution(x, ring_and_wedge(m, distance), channels)
-    return value
-
-
 def measure_patches(images, masks, channels, scale, device):
     """See `measure`; all patches at once."""
     whole = FULL_SCALE if images.dtype.kind in "ui" else 1
@@ -1360,7 +1342,14 @@ def measure_patches(images, masks, channels, scale, device):
         ("Cytoplasm", cell & ~nucleus, 1),
     ]
     for compartment, m, first in compartments:
-        value = measure_objects(x[:, first:], m, channels[first:], scale)
+        light = x[:, first:]
+        stained = channels[first:]
+        edge = outline(m)
+        distance = distance_to_outside(m)
+        value = area_shape(m, edge, distance)
+        value |= intensity(light, m, edge, stained)
+        value |= texture(light, m, stained, scale)
+        value |= radial_distribution(light, ring_and_wedge(m, distance), stained)
         if compartment == "Cells":
             value |= correlation(x, m, channels)
         absent = ~m.any(2).any(1)
@@ -1379,8 +1368,7 @@ def measure(images, masks, channels=CHANNELS, scale=3, chunk=64, device="cpu"):
     images = np.asarray(images)
     masks = np.asarray(masks, np.uint8)
     n, c, h, w = images.shape
-    assert n and c == len(channels), (images.shape, channels)
-    assert masks.shape == (n, h, w), (images.shape, masks.shape)
+    assert n and c == len(channels) and masks.shape == (n, h, w), (images.shape, masks.shape)
     assert chunk < 2 ** 13, chunk                       # what 4 directions leave of 15 bits in `grey_pairs`
 
     def part(start):
