@@ -146,7 +146,7 @@ class Folder:
 
     def rows(self, split):
         """Row numbers of the cells of a split: train, val, test, or reference (DMSO cells that only set a plate's scale)."""
-        rows = np.flatnonzero(self.cells["split"].to_numpy() == split)
+        rows = np.flatnonzero(self.cells["split"] == split)
         if not len(rows):
             raise InputError(f"{self.path}: no cell is in split {split!r}; "
                              f"its splits are {self.meta['counts']['split']}")
@@ -165,7 +165,7 @@ class Folder:
 def treatment_names(cells):
     """The treatment of each cell, compound and concentration in one text: 'taxol 0.3'."""
     dose = cells["concentration"].map("{:g}".format)
-    return cells["compound"].astype(str) + " " + dose
+    return cells["compound"] + " " + dose
 
 
 def open_array(path, dtype, shape):
@@ -197,8 +197,8 @@ def open_folder(path):
         raise InputError(f"{about}: not readable as JSON ({error}); "
                          "prepare the folder again") from None
     if meta.get("format") != FORMAT or meta.get("plates"):      # plates: an older plate-dmso
-        raise InputError(f"{about}: written by another version (format {meta.get('format')!r}), "
-                         f"expected {FORMAT!r}; prepare the folder again")
+        raise InputError(f"{about}: not of this version (format {meta.get('format')!r}; "
+                         f"expected {FORMAT!r} and no plates); prepare the folder again")
 
     n = meta["counts"]["cells"]
     n_channels = len(meta["channels"])
@@ -279,7 +279,7 @@ def sort_columns(columns, keep=None):
 def feature_columns(table):
     """Names of the measurements in any table, and report lines. Where no column has a name of CellProfiler's (embeddings), all
     columns of numbers are, but those that tell of the well, Metadata_* and Image_*, counters, and an index."""
-    features, _, others = sort_columns(map(str, table.columns))
+    features, _, others = sort_columns(table.columns)
     if features:
         return features, []
     told = set(metadata_columns(others).values())
@@ -403,7 +403,7 @@ def complete_treatments(cells, moa=None, what="cells"):
     has 7), the solvent becomes DMSO with dose 0. moa (see read_moa): the mechanism of each compound and dose."""
     cells = cells.copy()
     if "concentration" not in cells:
-        cells["concentration"] = np.nan
+        cells["concentration"] = nan
     dose = numbers(cells[["concentration"]], f"the {what}", first=1)
     cells["concentration"] = dose.map("{:.6g}".format).astype(float)
     solvent = is_solvent(cells["compound"])
@@ -473,7 +473,6 @@ def scale_by_dmso(x, plates, is_dmso, how="z"):
     x = x.astype(np.result_type(x, np.float32))
     plates = np.asarray(plates)
     is_dmso = np.asarray(is_dmso, bool)
-    assert len(x) == len(plates) == len(is_dmso), x.shape
     if how == "none":
         return x
     for plate in pd.unique(plates):
@@ -633,8 +632,8 @@ def otsu(x, bins=128):
 
 def foreground(x, sigma, level=1.0):
     """Bright pixels of each image, holes filled: smooth by `sigma` pixels, logarithm, cut at `level` of the way from the
-    darkest pixel to Otsu's threshold. x (N, H, W) of any scale -> (smoothed x, (N, H, W) bool)."""
-    x = np.maximum(x, 0).astype(np.float32)
+    darkest pixel to Otsu's threshold. x (N, H, W) float32 of any scale -> (smoothed x, (N, H, W) bool)."""
+    x = np.maximum(x, 0)
     x = ndi.gaussian_filter(x, (0, sigma, sigma))
     # in the logarithm a dim nucleus beside a bright one stays; + 0.05: the faint halo of a generated one does not count
     log = np.log(relative(x) + 0.05)
@@ -803,8 +802,7 @@ def outline(m):
 def distance_to_outside(m):
     """Euclidean distance (pixels) of every pixel to the nearest one outside its object: (N, H, W) float64, 0 outside."""
     distance = [ndi.distance_transform_edt(one) for one in m.cpu().numpy()]
-    distance = np.stack(distance)
-    return torch.from_numpy(distance).to(m.device)
+    return torch.from_numpy(np.stack(distance)).to(m.device)
 
 
 def coordinates(m):
@@ -867,11 +865,11 @@ def perimeter(edge):
 
 def euler_number(m):
     """Objects - holes (8-connected) = corners - sides + pixels of the closed pixel squares."""
+    m = m.char()
     rows = m | m.roll(1, 1)
     columns = m | m.roll(1, 2)
     corners = rows | rows.roll(1, 2)
-    sides = rows.int() + columns.int()
-    count = corners.int() - sides + m.int()
+    count = corners - (rows + columns) + m
     return count.sum(PLANE)
 
 
@@ -1038,14 +1036,14 @@ def area_shape(m, edge, distance):
 # Intensity
 
 
-def quantile(ranked, count, share):
-    """CellProfiler's quantile: between the sorted values at position count * share and the next. (N, C, P), (N,) -> (N, C)."""
-    last = (count - 1).clamp(min=0)
-    place = count * share
+def quantile(ranked, area, share):
+    """CellProfiler's quantile: between the sorted values at position area * share and the next. (N, C, P), (N, 1) -> (N, C)."""
+    last = (area - 1).clamp(min=0)
+    place = area * share
     low = torch.minimum(place.floor(), last)
     high = torch.minimum(low + 1, last)
-    part = (place - low)[:, None]
-    index = torch.stack([low, high], 1).long()                                  # (N, 2)
+    part = place - low
+    index = torch.cat([low, high], 1).long()                                    # (N, 2)
     low, high = ranked.take_along_dim(index[:, None], 2).double().unbind(2)
     return low * (1 - part) + high * part
 
@@ -1068,26 +1066,25 @@ def intensity(x, m, edge, channels):
     shift_y = light_y / total - sum_y / area
     shift_x = light_x / total - sum_x / area
 
-    count = area[:, 0]
     ranked = sort_last(x.masked_fill(~m, inf))
-    median = quantile(ranked, count, 0.5)
+    median = quantile(ranked, area, 0.5)
     off_median = (ranked - median[..., None].float()).abs()
     value = {
         "IntegratedIntensity": total,
         "MeanIntensity": mean,
         "StdIntensity": (square / area).sqrt(),
         "MinIntensity": ranked[:, :, 0],
-        "MaxIntensity": quantile(ranked, count, 1),
+        "MaxIntensity": quantile(ranked, area, 1),
         "IntegratedIntensityEdge": total_rim,
         "MeanIntensityEdge": total_rim / rim,
         "StdIntensityEdge": variance_rim.clamp(min=0).sqrt(),
         "MinIntensityEdge": x.masked_fill(~edge, inf).amin(2),
         "MaxIntensityEdge": x.masked_fill(~edge, -inf).amax(2),
         "MassDisplacement": torch.hypot(shift_y, shift_x),
-        "LowerQuartileIntensity": quantile(ranked, count, 0.25),
+        "LowerQuartileIntensity": quantile(ranked, area, 0.25),
         "MedianIntensity": median,
-        "UpperQuartileIntensity": quantile(ranked, count, 0.75),
-        "MADIntensity": quantile(sort_last(off_median), count, 0.5),
+        "UpperQuartileIntensity": quantile(ranked, area, 0.75),
+        "MADIntensity": quantile(sort_last(off_median), area, 0.5),
     }
     named = {}
     for name, v in value.items():
@@ -1102,17 +1099,18 @@ def intensity(x, m, edge, channels):
 def grey_pairs(level, scale):
     """Pairs of grey levels `scale` pixels apart in 4 directions; level (N, H, W) int32 below 256, 0 counts as outside.
     Four (K,) tensors, an entry for each pair that occurs: object * 4 + direction, lower level, higher level, how often."""
-    n, h, w = level.shape
+    n, _, w = level.shape
+    width = w + scale
+    level = F.pad(level, (0, scale)).flatten(1)         # nothing beside each row: no pair reaches into the next one
     row = torch.arange(n, dtype=torch.int32, device=level.device) * 4
     keys = []
     for direction, (dy, dx) in enumerate(DIRECTIONS):
-        right = max(0, dx) * scale
-        left = max(0, -dx) * scale
-        a = level[:, :h - dy * scale, left:w - right]
-        b = level[:, dy * scale:, right:w - left]
+        apart = (dy * width + dx) * scale
+        a = level[:, :-apart]
+        b = level[:, apart:]
         low = torch.minimum(a, b)
         high = torch.maximum(a, b)
-        here = (row + direction)[:, None, None]
+        here = (row + direction)[:, None]
         key = here << 16 | low << 8 | high
         keys.append(select(key, low > 0))
     key = sort_last(torch.cat(keys))
@@ -1302,12 +1300,12 @@ def correlation(x, m, channels, threshold=0.15):
     mean = total / m.sum(2, keepdim=True)
     off = (x - mean) * m
     covariance = off @ off.mT                                                   # (N, C, C)
-    variance = covariance.diagonal(dim1=1, dim2=2)
+    variance = covariance.diagonal(dim1=1, dim2=2)[:, None]
     bright = x * above
     product = bright @ bright.mT
     square = bright ** 2 @ above.mT
     symmetric = {
-        "Correlation": covariance / (variance[:, :, None] * variance[:, None]).sqrt(),
+        "Correlation": covariance / (variance * variance.mT).sqrt(),
         "Overlap": product / (square * square.mT).sqrt(),
     }
     directed = {
@@ -1401,6 +1399,6 @@ def measurements(x, channels, white=None, device="cpu"):
         white = np.asarray(white, np.float32) / FULL_SCALE
         x = x * white[:, None, None]
     names, values = measure(x, segment(x), channels, device=device)
-    values[~np.isfinite(values)] = np.nan
-    features, _, _ = sort_columns(names)
-    return pd.DataFrame(values, columns=names)[features]
+    values[~np.isfinite(values)] = nan
+    table = pd.DataFrame(values, columns=names)
+    return table[sort_columns(names)[0]]
