@@ -102,7 +102,7 @@ def pick_device(name):
     try:
         return torch.empty(1, device=name).device           # with its number
     except (RuntimeError, AssertionError, ImportError):     # what torch raises for a device that it was built without
-        raise InputError(f"--device {name}: not on this machine ({torch.cuda.device_count()} CUDA devices); "
+        raise InputError(f"--device {name}: not on this machine; "
                          "expected auto, cpu, cuda, cuda:1, mps, ...") from None
 
 
@@ -154,8 +154,7 @@ class Folder:
 
     def images(self, rows):
         """Patches of the given rows: (B, C, S, S) float32 tensor of raw 16-bit intensities."""
-        patches = self.patches[rows]
-        return torch.from_numpy(patches.astype(np.float32))
+        return torch.from_numpy(self.patches[rows].astype(np.float32))
 
     def measurements(self, rows):
         """Measurements of the given rows, in the folder's units: (B, F) float32 tensor. See model.standardise."""
@@ -201,11 +200,9 @@ def open_folder(path):
                          f"expected {FORMAT!r} and no plates); prepare the folder again")
 
     n = meta["counts"]["cells"]
-    n_channels = len(meta["channels"])
-    n_features = len(meta["features"])
     size = meta["size"]
-    patches = open_array(path / "patches.npy", "uint16", (n, n_channels, size, size))
-    raw = open_array(path / "features.npy", "float32", (n, n_features))
+    patches = open_array(path / "patches.npy", "uint16", (n, len(meta["channels"]), size, size))
+    raw = open_array(path / "features.npy", "float32", (n, len(meta["features"])))
     table = path / "cells.csv"
     cells = read_csv(
         table,
@@ -443,8 +440,7 @@ def complete_cells(cells, moa=None):
     """All of CELL_COLUMNS but split, from those that are there; returns (cells, report lines). Text that is missing is 'unknown'.
     Mechanisms come from `moa` (see complete_treatments) or, without it, from the column moa."""
     if "site" not in cells and "field" in cells:
-        site = cells["field"].str.extract(r"_s(\d+)(?:_|$)", expand=False)
-        cells = cells.assign(site=site)
+        cells = cells.assign(site=cells["field"].str.extract(r"_s(\d+)(?:_|$)", expand=False))
     cells = cells.reindex(columns=CELL_COLUMNS[:-1])    # those that are absent are NaN
     report = []
     for name in cells.columns.difference(NUMBER_COLUMNS, sort=False):
@@ -511,9 +507,8 @@ def normalise_plates(table):
             raise InputError(f"the table has no column {name}, and plates are normalised "
                              "by their own DMSO rows; add the column")
     features, _ = feature_columns(table)
-    values = numbers(table[features], "the table")
+    values = numbers(table[features], "the table").to_numpy(np.float64)
     table = table.copy()
-    values = values.to_numpy(np.float64)
     table[features] = scale_by_dmso(values, about["plate"], is_solvent(about["compound"]))
     table.attrs["normalise"] = "plate-dmso"
     return table
@@ -616,8 +611,7 @@ def otsu(x, bins=128):
     level = (x - low) / np.maximum(span, 1e-12) * bins
     level = np.minimum(level, bins - 1).astype(int)
     level += bins * np.arange(n)[:, None]               # one histogram an image, side by side
-    count = np.bincount(level.ravel(), minlength=n * bins)
-    count = count.reshape(n, bins)
+    count = np.bincount(level.ravel(), minlength=n * bins).reshape(n, bins)
     below = count.cumsum(1)                             # pixels up to each level
     pixels = below[:, -1:]
     above = pixels - below
@@ -820,8 +814,7 @@ def moments(weight, y, x, order):
     """sum of weight * y**p * x**q: weight (N, H, W), y (N, H), x (N, W) -> (order + 1, order + 1, N) [p, q]."""
     y = torch.stack([y ** p for p in range(order + 1)], 1)
     x = torch.stack([x ** q for q in range(order + 1)], 1)
-    table = y @ weight @ x.mT
-    return table.permute(1, 2, 0)
+    return (y @ weight @ x.mT).permute(1, 2, 0)
 
 
 def ellipse(central):
@@ -1051,8 +1044,7 @@ def quantile(ranked, area, share):
 def intensity(x, m, edge, channels):
     """Intensity of each object and of its outline, in every channel."""
     row, column = coordinates(m)
-    weights = [m, edge, m * row[:, None], m * column]
-    weight = torch.stack(weights, 1).flatten(2)                                 # (N, 4, P) float64
+    weight = torch.stack([m, edge, m * row[:, None], m * column], 1).flatten(2) # (N, 4, P) float64
     m = m.flatten(1)[:, None]                                                   # (N, 1, P)
     edge = edge.flatten(1)[:, None]
     x = x.flatten(2)                                                            # (N, C, P) float32
@@ -1110,15 +1102,11 @@ def grey_pairs(level, scale):
         b = level[:, apart:]
         low = torch.minimum(a, b)
         high = torch.maximum(a, b)
-        here = (row + direction)[:, None]
-        key = here << 16 | low << 8 | high
+        key = (row + direction)[:, None] << 16 | low << 8 | high
         keys.append(select(key, low > 0))
     key = sort_last(torch.cat(keys))
     key, count = key.unique_consecutive(return_counts=True)
-    row = key >> 16
-    low = key >> 8 & 255
-    high = key & 255
-    return row, low, high, count.double()
+    return key >> 16, key >> 8 & 255, key & 255, count.double()
 
 
 def haralick(row, low, high, count, levels):
