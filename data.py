@@ -187,11 +187,11 @@ def open_folder(path):
     if path.name == "meta.json":
         path = path.parent
     about = path / "meta.json"
-    if not about.is_file():
-        raise InputError(f"{path}: not a prepared folder (no meta.json); "
-                         f"make one with: python prepare_bbbc021.py --simulate --out {path}")
     try:
         meta = json.loads(about.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{path}: not a prepared folder (no meta.json); "
+                         f"make one with: python prepare_bbbc021.py --simulate --out {path}") from None
     except ValueError as error:
         raise InputError(f"{about}: not readable as JSON ({error}); "
                          "prepare the folder again") from None
@@ -289,11 +289,9 @@ def feature_columns(table):
             left_out.append(name)
         else:
             features.append(name)
-    report = ["no column has a name of CellProfiler's: "
-              f"{len(features)} other columns of numbers are the features"]
-    if left_out:
-        report.append(f"no features: {', '.join(left_out)}")
-    return features, report
+    return features, ["no column has a name of CellProfiler's: "
+                      f"{len(features)} other columns of numbers are the features",
+                      f"left out as counters: {', '.join(left_out) or 'none'}"]
 
 
 def metadata_columns(columns):
@@ -353,7 +351,7 @@ def numbers(frame, where, first=2):
         value = pd.to_numeric(text, errors="coerce").astype(float)
         wrong = value.isna() & ~text.str.lower().isin(MISSING)
         if wrong.any():
-            row = int(wrong.to_numpy().argmax())
+            row = wrong.argmax()
             raise InputError(f"{where}, row {row + first}, column {name}: "
                              f"{text.iloc[row]!r} is not a number")
         converted[name] = value
@@ -532,8 +530,9 @@ class TreatmentSampler:
     def draw(self, seed, step, stream):
         """Row numbers (batch,) for a step; streams 0 and 1 are independent (features and originals; x_real)."""
         random = np.random.default_rng([seed, step, stream])
-        rounds = ceil(self.batch / len(self.count))
-        groups = [random.permutation(len(self.count)) for _ in range(rounds)]
+        treatments = len(self.count)
+        rounds = ceil(self.batch / treatments)
+        groups = [random.permutation(treatments) for _ in range(rounds)]
         group = np.concatenate(groups)[:self.batch]
         member = random.integers(self.count[group])
         return self.rows[self.start[group] + member]
@@ -562,8 +561,7 @@ def composite(x):
     x = torch.as_tensor(x).detach().cpu()
     assert x.ndim == 4 and x.shape[1] <= 3, x.shape
     if x.dtype != torch.uint8:
-        x = x.float().clamp(0, 1) * 255
-        x = x.round().to(torch.uint8)
+        x = (x.float().clamp(0, 1) * 255).round().to(torch.uint8)
     x = F.pad(x, (0, 0, 0, 0, 0, 3 - x.shape[1]))       # a channel that is absent is black
     return x.flip(1).permute(0, 2, 3, 1).numpy()
 
@@ -598,8 +596,7 @@ FLAT4 = ndi.generate_binary_structure(2, 1)[None]       # (1, 3, 3): a pixel and
 
 def relative(x):
     """Each image of a stack divided by its own maximum."""
-    brightest = x.max(PLANE, keepdims=True)
-    return x / np.maximum(brightest, 1e-12)
+    return x / np.maximum(x.max(PLANE, keepdims=True), 1e-12)
 
 
 def otsu(x, bins=128):
@@ -871,11 +868,10 @@ def radii(m, distance, area):
     outside_last = distance.masked_fill(~m, inf)
     ranked = sort_last(outside_last.flatten(1))
     middle = torch.stack([area - 1, area], 1) // 2
-    middle = middle.long()
     return {
         "MaximumRadius": distance.amax(PLANE),
         "MeanRadius": distance.sum(PLANE) / area,
-        "MedianRadius": ranked.gather(1, middle.clamp(min=0)).mean(1),
+        "MedianRadius": ranked.gather(1, middle.long().clamp(min=0)).mean(1),
     }
 
 
@@ -964,12 +960,11 @@ def zernike(m):
     y, x = coordinates(m)
     y = (y - centre.imag) / radius
     x = (x - centre.real) / radius
-    moment = moments(m.double(), y, x, 9).permute(2, 0, 1).flatten(1)           # (N, 100)
+    moment = moments(m.double(), y, x, 9).flatten(0, 1).T                       # (N, 100)
     polynomial = torch.from_numpy(zernike_coefficients()).to(m.device).flatten(1)
     value = moment.to(torch.complex128) @ polynomial.T                          # (N, 30)
     value = value.abs() / (pi * radius ** 2)
-    names = [f"Zernike_{n}_{k}" for n, k in ZERNIKE]
-    return dict(zip(names, value.unbind(1)))
+    return {f"Zernike_{n}_{k}": v for (n, k), v in zip(ZERNIKE, value.unbind(1))}
 
 
 def area_shape(m, edge, distance):
@@ -1049,9 +1044,10 @@ def intensity(x, m, edge, channels):
     edge = edge.flatten(1)[:, None]
     x = x.flatten(2)                                                            # (N, C, P) float32
     area, rim, sum_y, sum_x = weight.sum(2, keepdim=True).unbind(1)             # each (N, 1)
-    total, total_rim, light_y, light_x = (weight @ x.double().mT).unbind(1)     # each (N, C)
+    light = x.double()
+    total, total_rim, light_y, light_x = (weight @ light.mT).unbind(1)          # each (N, C)
     mean = total / area
-    off = x.double() - mean[..., None]
+    off = light - mean[..., None]
     off_rim = (weight @ off.mT)[:, 1]
     square, square_rim, _, _ = (weight @ (off ** 2).mT).unbind(1)
     variance_rim = square_rim / rim - (off_rim / rim) ** 2
@@ -1132,10 +1128,11 @@ def haralick(row, low, high, count, levels):
     joint = (total.log2() - logs / total)[:, 0]
     single = entropy(single_p)
     mean = single_p @ k[:256]
-    variance = single_p @ k2 - mean ** 2
+    mean2 = mean ** 2
+    variance = single_p @ k2 - mean2
     contrast = difference_p @ k2
     sum_square = sum_p @ k ** 2
-    covariance = (sum_square - contrast) / 4 - mean ** 2
+    covariance = (sum_square - contrast) / 4 - mean2
     moment = tally(1, row, count * ordered) / total ** 2
     return {
         "AngularSecondMoment": moment[:, 0],
@@ -1144,7 +1141,7 @@ def haralick(row, low, high, count, levels):
         "Variance": variance,
         "InverseDifferenceMoment": difference_p @ (1 / (1 + k2)),
         "SumAverage": 2 * mean,
-        "SumVariance": sum_square - 4 * mean ** 2,
+        "SumVariance": sum_square - 4 * mean2,
         "SumEntropy": entropy(sum_p),
         "Entropy": joint,
         "DifferenceVariance": (difference_p ** 2).sum(1) / levels - 1 / levels ** 2,
@@ -1225,8 +1222,7 @@ def ring_and_wedge(m, distance):
     outside. The innermost pixel is the first one farthest from the edge. Where several tie, CellProfiler's choice is arbitrary."""
     centre = distance.flatten(1).argmax(1)
     row, column = torch.unravel_index(centre, m.shape[1:])
-    place = torch.stack([row, column]).cpu().numpy()
-    path = path_length(m.cpu().numpy(), *place)
+    path = path_length(m.cpu().numpy(), row.cpu().numpy(), column.cpu().numpy())
     path = torch.from_numpy(path).to(m.device).double()
     inside = m & path.isfinite()                                                # an island cannot be reached
     ring = path / (path + distance + 0.001) * RINGS
@@ -1277,11 +1273,11 @@ def radial_distribution(x, sector, channels):
 # Correlation
 
 
-def correlation(x, m, channels, threshold=0.15):
-    """Correlation, overlap, K and Manders coefficients of every two channels, the last three above `threshold` of the maximum."""
+def correlation(x, m, channels):
+    """Correlation, overlap, K and Manders coefficients of every two channels, the last three above 15 % of the maximum."""
     x = x.flatten(2)                                                            # (N, C, P)
     m = m.flatten(1)[:, None]
-    least = threshold * (x * m).amax(2, keepdim=True)                           # in float32, as CellProfiler does
+    least = 0.15 * (x * m).amax(2, keepdim=True)                           # in float32, as CellProfiler does
     above = ((x >= least) & m).double()
     x = x.double()
     total = (x * m).sum(2, keepdim=True)
