@@ -610,7 +610,7 @@ def otsu(x, bins=128):
     level += bins * np.arange(n)[:, None]               # one histogram an image, side by side
     count = np.bincount(level.ravel(), minlength=n * bins).reshape(n, bins)
     below = count.cumsum(1)                             # pixels up to each level
-    pixels = below[:, -1:]
+    pixels = x.shape[1]
     above = pixels - below
     moment = (count * np.arange(bins)).cumsum(1)
     mean = moment[:, -1:] / pixels
@@ -697,15 +697,15 @@ def segment_patches(dapi, tubulin, actin):
     cell = keep_connected(cells == label, nucleus) | nucleus
 
     # is it plausible?
-    area = nucleus.sum(PLANE)
-    bright = (smooth * nucleus).sum(PLANE)
+    area = nucleus.sum(PLANE, keepdims=True)
+    bright = (smooth * nucleus).sum(PLANE, keepdims=True)
     bright /= np.maximum(area, 1)
     background = np.where(nuclei > 0, nan, smooth)
-    dark = np.nanmedian(background, PLANE)
+    dark = np.nanmedian(background, PLANE, keepdims=True)
     plausible = (area >= MIN_AREA) & (area <= MAX_SHARE * h * w)
     plausible &= bright > MIN_CONTRAST * dark
     masks = NUCLEUS * nucleus + CELL * cell
-    return masks * plausible[:, None, None]
+    return masks * plausible
 
 
 def segment(images, chunk=256):
@@ -1039,7 +1039,7 @@ def quantile(ranked, area, share):
 def intensity(x, m, edge, channels):
     """Intensity of each object and of its outline, in every channel."""
     row, column = coordinates(m)
-    weight = torch.stack([m, edge, m * row[:, None], m * column], 1).flatten(2) # (N, 4, P) float64
+    weight = torch.stack([m, edge, m * row[:, None], m * column], 1).flatten(2)     # (N, 4, P) float64
     m = m.flatten(1)[:, None]                                                   # (N, 1, P)
     edge = edge.flatten(1)[:, None]
     x = x.flatten(2)                                                            # (N, C, P) float32
@@ -1088,12 +1088,11 @@ def grey_pairs(level, scale):
     """Pairs of grey levels `scale` pixels apart in 4 directions; level (N, H, W) int32 below 256, 0 counts as outside.
     Four (K,) tensors, an entry for each pair that occurs: object * 4 + direction, lower level, higher level, how often."""
     n, _, w = level.shape
-    width = w + scale
     level = F.pad(level, (0, scale)).flatten(1)         # nothing beside each row: no pair reaches into the next one
     row = torch.arange(n, dtype=torch.int32, device=level.device) * 4
     keys = []
     for direction, (dy, dx) in enumerate(DIRECTIONS):
-        apart = (dy * width + dx) * scale
+        apart = (dy * (w + scale) + dx) * scale
         a = level[:, :-apart]
         b = level[:, apart:]
         low = torch.minimum(a, b)
@@ -1265,8 +1264,7 @@ def radial_distribution(x, sector, channels):
         }
         for name, v in kinds.items():
             for i in range(RINGS):
-                column = f"RadialDistribution_{name}_{channel}_{i + 1}of{RINGS}"
-                value[column] = v[:, i]
+                value[f"RadialDistribution_{name}_{channel}_{i + 1}of{RINGS}"] = v[:, i]
     return value
 
 
@@ -1277,7 +1275,7 @@ def correlation(x, m, channels):
     """Correlation, overlap, K and Manders coefficients of every two channels, the last three above 15 % of the maximum."""
     x = x.flatten(2)                                                            # (N, C, P)
     m = m.flatten(1)[:, None]
-    least = 0.15 * (x * m).amax(2, keepdim=True)                           # in float32, as CellProfiler does
+    least = 0.15 * (x * m).amax(2, keepdim=True)                                # in float32, as CellProfiler does
     above = ((x >= least) & m).double()
     x = x.double()
     total = (x * m).sum(2, keepdim=True)
