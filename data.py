@@ -23,6 +23,7 @@ import os
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 from math import ceil, comb, inf, nan, pi, sqrt
 from pathlib import Path
 
@@ -54,6 +55,7 @@ CELL_COLUMNS = [
     "y",                    # pixels, row
     "split",                # train, val, test or reference
 ]
+TREATMENT = ["compound", "concentration"]
 NUMBER_COLUMNS = ("concentration", "x", "y")
 TEXT_COLUMNS = {name: str for name in CELL_COLUMNS if name not in NUMBER_COLUMNS}
 
@@ -85,8 +87,7 @@ def write(path, content):
     path = Path(path)
     temporary = path.with_name("." + path.name)
     if isinstance(content, str):
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(content)
+        temporary.write_bytes(content.encode())
     else:
         content(temporary)
     with open(temporary, "rb+") as file:
@@ -101,8 +102,7 @@ def pick_device(name):
     try:
         return torch.empty(1, device=name).device           # with its number
     except (RuntimeError, AssertionError, ImportError):     # what torch raises for a device that it was built without
-        count = torch.cuda.device_count()
-        raise InputError(f"--device {name}: not on this machine (it has {count} CUDA devices); "
+        raise InputError(f"--device {name}: not on this machine; "
                          "expected auto, cpu, cuda, cuda:1, mps, ...") from None
 
 
@@ -139,15 +139,14 @@ class Folder:
         self.scale = torch.tensor(meta["scale"], dtype=torch.float64)       # (F,)
         self.white = meta["white"]                                          # (C,) 16-bit levels, for image norm percentile
         self.identity = meta["checksums"]                                   # what a run shares with its folder
-        names = treatment_names(cells)
-        self.treatment, self.treatments = pd.factorize(names, sort=True)    # (N,) numbers, and what they stand for
+        self.treatment, self.treatments = pd.factorize(treatment_names(cells), sort=True)   # (N,) numbers, names
 
     def __len__(self):
         return len(self.cells)
 
     def rows(self, split):
         """Row numbers of the cells of a split: train, val, test, or reference (DMSO cells that only set a plate's scale)."""
-        rows = np.flatnonzero(self.cells["split"].to_numpy() == split)
+        rows = np.flatnonzero(self.cells["split"] == split)
         if not len(rows):
             raise InputError(f"{self.path}: no cell is in split {split!r}; "
                              f"its splits are {self.meta['counts']['split']}")
@@ -155,18 +154,17 @@ class Folder:
 
     def images(self, rows):
         """Patches of the given rows: (B, C, S, S) float32 tensor of raw 16-bit intensities."""
-        patches = self.patches[rows]
-        return torch.from_numpy(patches.astype(np.float32))
+        return torch.from_numpy(self.patches[rows].astype(np.float32))
 
     def measurements(self, rows):
         """Measurements of the given rows, in the folder's units: (B, F) float32 tensor. See model.standardise."""
-        return torch.from_numpy(np.ascontiguousarray(self.raw[rows]))
+        return torch.from_numpy(self.raw[rows])
 
 
 def treatment_names(cells):
     """The treatment of each cell, compound and concentration in one text: 'taxol 0.3'."""
     dose = cells["concentration"].map("{:g}".format)
-    return cells["compound"].astype(str) + " " + dose
+    return cells["compound"] + " " + dose
 
 
 def open_array(path, dtype, shape):
@@ -189,39 +187,28 @@ def open_folder(path):
     if path.name == "meta.json":
         path = path.parent
     about = path / "meta.json"
-    if not about.is_file():
-        raise InputError(f"{path}: not a prepared folder (no meta.json); "
-                         f"make one with: python prepare_bbbc021.py --simulate --out {path}")
     try:
         meta = json.loads(about.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{path}: not a prepared folder (no meta.json); "
+                         f"make one with: python prepare_bbbc021.py --simulate --out {path}") from None
     except ValueError as error:
         raise InputError(f"{about}: not readable as JSON ({error}); "
                          "prepare the folder again") from None
-    if meta.get("format") != FORMAT:
-        raise InputError(f"{about}: format is {meta.get('format')!r}, expected {FORMAT!r}; "
-                         "prepare the folder again")
-    if meta.get("plates"):      # an older plate-dmso: raw features, and for each plate its own centre and scale
-        raise InputError(f"{about}: normalised plate by plate by an earlier version; "
-                         "prepare the folder again")
+    if meta.get("format") != FORMAT or meta.get("plates"):      # plates: an older plate-dmso
+        raise InputError(f"{about}: not of this version (format {meta.get('format')!r}; "
+                         f"expected {FORMAT!r} and no plates); prepare the folder again")
 
     n = meta["counts"]["cells"]
-    n_channels = len(meta["channels"])
-    n_features = len(meta["features"])
     size = meta["size"]
-    patches = open_array(path / "patches.npy", "uint16", (n, n_channels, size, size))
-    raw = open_array(path / "features.npy", "float32", (n, n_features))
+    patches = open_array(path / "patches.npy", "uint16", (n, len(meta["channels"]), size, size))
+    raw = open_array(path / "features.npy", "float32", (n, len(meta["features"])))
     table = path / "cells.csv"
-    try:
-        cells = pd.read_csv(
-            table,
-            dtype=TEXT_COLUMNS,
-            encoding="utf-8",
-            keep_default_na=False,                          # NA may be a plate
-            na_values=dict.fromkeys(NUMBER_COLUMNS, ""),
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"{table}: not readable ({error}); "
-                         "prepare the folder again") from None
+    cells = read_csv(
+        table,
+        dtype=TEXT_COLUMNS,
+        na_values=dict.fromkeys(NUMBER_COLUMNS, ""),
+    )
     if list(cells.columns) != CELL_COLUMNS or len(cells) != n:
         raise InputError(f"{table}: {len(cells)} rows with columns {list(cells.columns)}, "
                          f"expected {n} with {CELL_COLUMNS}; prepare the folder again")
@@ -262,9 +249,7 @@ OTHER_FORMATS = {       # how a file begins that is no CSV, whatever its name
     b"\xd0\xcf\x11\xe0": "an Excel workbook",
     b"\x89HDF": "an HDF5 file",
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"\x1f\x8b": "compressed by gzip and not called .gz",
     b"\xff\xfe": "text in UTF-16",
-    b"\xfe\xff": "text in UTF-16",
 }
 
 
@@ -291,7 +276,7 @@ def sort_columns(columns, keep=None):
 def feature_columns(table):
     """Names of the measurements in any table, and report lines. Where no column has a name of CellProfiler's (embeddings), all
     columns of numbers are, but those that tell of the well, Metadata_* and Image_*, counters, and an index."""
-    features, _, others = sort_columns(map(str, table.columns))
+    features, _, others = sort_columns(table.columns)
     if features:
         return features, []
     told = set(metadata_columns(others).values())
@@ -304,11 +289,9 @@ def feature_columns(table):
             left_out.append(name)
         else:
             features.append(name)
-    report = ["no column has a name of CellProfiler's: "
-              f"{len(features)} other columns of numbers are the features"]
-    if left_out:
-        report.append(f"no features: {', '.join(left_out)}")
-    return features, report
+    return features, ["no column has a name of CellProfiler's: "
+                      f"{len(features)} other columns of numbers are the features",
+                      f"left out as counters: {', '.join(left_out) or 'none'}"]
 
 
 def metadata_columns(columns):
@@ -329,7 +312,7 @@ def refuse_other_formats(path):
     with open(path, "rb") as file:
         head = file.read(16)
     for begin, what in OTHER_FORMATS.items():
-        if head.startswith(begin) and Path(path).suffix != ".gz":
+        if head.startswith(begin):
             raise InputError(f"{path}: is {what}, expected a CSV; "
                              "save it as CSV (UTF-8, commas)")
 
@@ -346,10 +329,9 @@ def read_csv(path, **options):
     try:
         refuse_other_formats(path)
         header = pd.read_csv(path, **settings | {"nrows": 0}).columns
-        for mark, what in (("\t", "tabs"), (";", "semicolons")):
-            if len(header) == 1 and mark in str(header[0]):
-                raise InputError(f"{path}: its columns are separated by {what}, "
-                                 "expected commas, and points in decimals; save it so")
+        if len(header) == 1 and re.search("[\t;]", header[0]):
+            raise InputError(f"{path}: its columns are separated by tabs or semicolons, "
+                             "expected commas, and points in decimals; save it so")
         told = metadata_columns(header)
         settings.setdefault("dtype", dict.fromkeys(told.values(), str))
         return pd.read_csv(path, **settings)
@@ -364,15 +346,12 @@ def numbers(frame, where, first=2):
     """The frame with its columns of text as numbers. Text that is none is an InputError with its row (`first`: number of the
     first row) and column."""
     converted = {}
-    for name in frame:
-        column = frame[name]
-        if pd.api.types.is_numeric_dtype(column):
-            continue
+    for name, column in frame.select_dtypes(exclude=["number", "bool"]).items():
         text = column.fillna("").astype(str).str.strip()
         value = pd.to_numeric(text, errors="coerce").astype(float)
         wrong = value.isna() & ~text.str.lower().isin(MISSING)
         if wrong.any():
-            row = int(wrong.to_numpy().argmax())
+            row = wrong.argmax()
             raise InputError(f"{where}, row {row + first}, column {name}: "
                              f"{text.iloc[row]!r} is not a number")
         converted[name] = value
@@ -387,10 +366,8 @@ def as_text(column):
 
 def annotate(table):
     """What a table tells of its cells, wells or fields: a frame of text with those of CELL_COLUMNS that it has under any usual name."""
-    told = pd.DataFrame(index=table.index)
-    for name, column in metadata_columns(table.columns).items():
-        told[name] = as_text(table[column])
-    return told
+    told = metadata_columns(table.columns)
+    return pd.DataFrame({name: as_text(table[column]) for name, column in told.items()}, table.index)
 
 
 def is_solvent(compounds):
@@ -402,17 +379,17 @@ def is_solvent(compounds):
 def read_moa(path):
     """BBBC021_v1_moa.csv in any of its copies -> frame compound, concentration (float, uM), moa; one row a treatment."""
     table = annotate(read_csv(path, dtype=str))
-    for name in ("compound", "concentration", "moa"):
+    columns = [*TREATMENT, "moa"]
+    for name in columns:
         if name not in table:
             raise InputError(f"{path}: no column {name!r}, "
                              "expected compound, concentration and moa")
-    dose = numbers(table[["concentration"]], path)
-    table = table.assign(concentration=dose["concentration"])
-    twice = table[table.duplicated(["compound", "concentration"])]
+    table["concentration"] = numbers(table[["concentration"]], path)
+    twice = table[table.duplicated(TREATMENT)]
     if len(twice):
         first = treatment_names(twice).iloc[0]
         raise InputError(f"{path}: treatment {first} stands in two rows, expected one")
-    return table[["compound", "concentration", "moa"]]
+    return table[columns]
 
 
 def complete_treatments(cells, moa=None, what="cells"):
@@ -421,13 +398,11 @@ def complete_treatments(cells, moa=None, what="cells"):
     has 7), the solvent becomes DMSO with dose 0. moa (see read_moa): the mechanism of each compound and dose."""
     cells = cells.copy()
     if "concentration" not in cells:
-        cells["concentration"] = np.nan
+        cells["concentration"] = nan
     dose = numbers(cells[["concentration"]], f"the {what}", first=1)
-    digits = dose["concentration"].map("{:.6g}".format)
-    cells["concentration"] = digits.astype(float)
+    cells["concentration"] = dose.map("{:.6g}".format).astype(float)
     solvent = is_solvent(cells["compound"])
-    cells.loc[solvent, "compound"] = SOLVENT
-    cells.loc[solvent, "concentration"] = 0.0
+    cells.loc[solvent, TREATMENT] = SOLVENT, 0.0
     report = []
     if moa is not None:
         cells, report = match_mechanisms(cells, moa)
@@ -440,21 +415,19 @@ def complete_treatments(cells, moa=None, what="cells"):
 def match_mechanisms(cells, moa):
     """The mechanism of each row from its compound and dose, the dose within DOSE_TOLERANCE; returns (cells, report lines).
     The dose becomes the one of the list."""
-    treatment = ["compound", "concentration"]
-    treated = cells.loc[cells["compound"] != SOLVENT, treatment].drop_duplicates()
+    treated = cells.loc[cells["compound"] != SOLVENT, TREATMENT].drop_duplicates()
     listed = moa.rename(columns={"concentration": "listed"})
-    pairs = treated.merge(listed, on="compound")        # every dose that is used beside every dose that is listed
+    pairs = treated.merge(listed)                       # every dose used beside every dose listed
     apart = (pairs["concentration"] - pairs["listed"]).abs()
     near = pairs[apart <= DOSE_TOLERANCE * pairs["listed"]]
-    near = near.drop_duplicates(treatment)
+    near = near.drop_duplicates(TREATMENT)
 
-    found = cells[treatment].merge(near, "left", treatment)
+    found = cells[TREATMENT].merge(near, "left")
     found.index = cells.index
     dose = found["listed"].fillna(cells["concentration"])
     cells = cells.assign(moa=found["moa"].fillna("unknown"), concentration=dose)
     report = [f"{len(near)} of {len(treated)} treatments have a mechanism"]
-    elsewhere = set(pairs["compound"]) - set(near["compound"])
-    elsewhere = sorted(elsewhere)
+    elsewhere = sorted(set(pairs["compound"]) - set(near["compound"]))
     if elsewhere:
         report.append(f"{len(elsewhere)} compounds have a mechanism at other doses only: "
                       f"{', '.join(elsewhere[:10])}")
@@ -465,14 +438,13 @@ def complete_cells(cells, moa=None):
     """All of CELL_COLUMNS but split, from those that are there; returns (cells, report lines). Text that is missing is 'unknown'.
     Mechanisms come from `moa` (see complete_treatments) or, without it, from the column moa."""
     if "site" not in cells and "field" in cells:
-        site = cells["field"].str.extract(r"_s(\d+)(?:_|$)", expand=False)
-        cells = cells.assign(site=site)
+        cells = cells.assign(site=cells["field"].str.extract(r"_s(\d+)(?:_|$)", expand=False))
     cells = cells.reindex(columns=CELL_COLUMNS[:-1])    # those that are absent are NaN
     report = []
     for name in cells.columns.difference(NUMBER_COLUMNS, sort=False):
         text = as_text(cells[name])
-        missing = text.isin(["", "unknown"])
-        cells[name] = text.mask(missing, "unknown")
+        cells[name] = text.replace("", "unknown")
+        missing = cells[name] == "unknown"
         if missing.any() and name != "moa":
             first = cells["cell"][missing].iloc[0]
             report.append(f"{missing.sum()} cells have no {name}: "
@@ -495,7 +467,6 @@ def scale_by_dmso(x, plates, is_dmso, how="z"):
     x = x.astype(np.result_type(x, np.float32))
     plates = np.asarray(plates)
     is_dmso = np.asarray(is_dmso, bool)
-    assert len(x) == len(plates) == len(is_dmso), x.shape
     if how == "none":
         return x
     for plate in pd.unique(plates):
@@ -505,8 +476,7 @@ def scale_by_dmso(x, plates, is_dmso, how="z"):
             raise InputError(f"plate {plate}: {len(dmso)} rows of DMSO, "
                              f"at least 2 are needed to scale it by {how}; leave the plate out")
         centre, spread = centre_and_spread(dmso, how)
-        flat = spread <= FLAT * np.abs(centre)
-        spread = np.where(flat, np.inf, spread)     # makes 0 of everything
+        spread[spread <= FLAT * np.abs(centre)] = inf           # makes 0 of everything
         x[here] = (x[here] - centre) / spread
     return x.clip(-10, 10) if how == "mad" else x
 
@@ -535,11 +505,9 @@ def normalise_plates(table):
             raise InputError(f"the table has no column {name}, and plates are normalised "
                              "by their own DMSO rows; add the column")
     features, _ = feature_columns(table)
-    values = numbers(table[features], "the table")
-    is_dmso = is_solvent(about["compound"])
+    values = numbers(table[features], "the table").to_numpy(np.float64)
     table = table.copy()
-    values = values.to_numpy(np.float64)
-    table[features] = scale_by_dmso(values, about["plate"], is_dmso)
+    table[features] = scale_by_dmso(values, about["plate"], is_solvent(about["compound"]))
     table.attrs["normalise"] = "plate-dmso"
     return table
 
@@ -556,15 +524,15 @@ class TreatmentSampler:
     def __init__(self, rows, treatment, batch=None):
         order = np.argsort(treatment[rows], kind="stable")
         self.rows = rows[order]     # grouped by treatment
-        groups = treatment[self.rows]
-        _, self.start, self.count = np.unique(groups, return_index=True, return_counts=True)
+        _, self.start, self.count = np.unique(treatment[self.rows], return_index=True, return_counts=True)
         self.batch = batch or len(self.count)
 
     def draw(self, seed, step, stream):
         """Row numbers (batch,) for a step; streams 0 and 1 are independent (features and originals; x_real)."""
         random = np.random.default_rng([seed, step, stream])
-        rounds = ceil(self.batch / len(self.count))
-        groups = [random.permutation(len(self.count)) for _ in range(rounds)]
+        treatments = len(self.count)
+        rounds = ceil(self.batch / treatments)
+        groups = [random.permutation(treatments) for _ in range(rounds)]
         group = np.concatenate(groups)[:self.batch]
         member = random.integers(self.count[group])
         return self.rows[self.start[group] + member]
@@ -593,10 +561,8 @@ def composite(x):
     x = torch.as_tensor(x).detach().cpu()
     assert x.ndim == 4 and x.shape[1] <= 3, x.shape
     if x.dtype != torch.uint8:
-        x = x.float().clamp(0, 1) * 255
-        x = x.round().to(torch.uint8)
-    absent = 3 - x.shape[1]
-    x = F.pad(x, (0, 0, 0, 0, 0, absent))               # a channel that is absent is black
+        x = (x.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    x = F.pad(x, (0, 0, 0, 0, 0, 3 - x.shape[1]))       # a channel that is absent is black
     return x.flip(1).permute(0, 2, 3, 1).numpy()
 
 
@@ -622,6 +588,7 @@ MIN_AREA = 150              # pixels, of a plausible nucleus
 MAX_SHARE = 0.75            # of its patch, what a plausible nucleus covers at most
 MIN_CONTRAST = 1.5          # nucleus : background in DAPI; blank BBBC021 crops have 1.02-1.06, real nuclei 2.2 and more
 CENTRE = 6                  # pixels, how far from the middle of its patch the central nucleus may begin
+PLANE = (1, 2)              # axes of an image in a stack (N, H, W)
 APART = (1e3, 1, 1)         # pixels between neighbours in a stack: its images are far from each other
 
 FLAT4 = ndi.generate_binary_structure(2, 1)[None]       # (1, 3, 3): a pixel and its 4 neighbours in the same image
@@ -629,8 +596,7 @@ FLAT4 = ndi.generate_binary_structure(2, 1)[None]       # (1, 3, 3): a pixel and
 
 def relative(x):
     """Each image of a stack divided by its own maximum."""
-    brightest = x.max((1, 2), keepdims=True)
-    return x / np.maximum(brightest, 1e-12)
+    return x / np.maximum(x.max(PLANE, keepdims=True), 1e-12)
 
 
 def otsu(x, bins=128):
@@ -642,10 +608,9 @@ def otsu(x, bins=128):
     level = (x - low) / np.maximum(span, 1e-12) * bins
     level = np.minimum(level, bins - 1).astype(int)
     level += bins * np.arange(n)[:, None]               # one histogram an image, side by side
-    count = np.bincount(level.ravel(), minlength=n * bins)
-    count = count.reshape(n, bins)
+    count = np.bincount(level.ravel(), minlength=n * bins).reshape(n, bins)
     below = count.cumsum(1)                             # pixels up to each level
-    pixels = below[:, -1:]
+    pixels = x.shape[1]
     above = pixels - below
     moment = (count * np.arange(bins)).cumsum(1)
     mean = moment[:, -1:] / pixels
@@ -658,15 +623,15 @@ def otsu(x, bins=128):
 
 def foreground(x, sigma, level=1.0):
     """Bright pixels of each image, holes filled: smooth by `sigma` pixels, logarithm, cut at `level` of the way from the
-    darkest pixel to Otsu's threshold. x (N, H, W) of any scale -> (smoothed x, (N, H, W) bool)."""
-    x = np.maximum(x, 0).astype(np.float32)
+    darkest pixel to Otsu's threshold. x (N, H, W) float32 of any scale -> (smoothed x, (N, H, W) bool)."""
+    x = np.maximum(x, 0)
     x = ndi.gaussian_filter(x, (0, sigma, sigma))
     # in the logarithm a dim nucleus beside a bright one stays; + 0.05: the faint halo of a generated one does not count
     log = np.log(relative(x) + 0.05)
-    low = np.percentile(log, 0.1, axis=(1, 2), keepdims=True)
+    low = np.percentile(log, 0.1, axis=PLANE, keepdims=True)
     bright = log > low + level * (otsu(log) - low)
     bright = ndi.binary_fill_holes(bright, FLAT4)
-    everywhere = bright.all((1, 2), keepdims=True)
+    everywhere = bright.all(PLANE, keepdims=True)
     return x, bright & ~everywhere
 
 
@@ -675,16 +640,14 @@ def hills(height):
     n, h, w = height.shape
     index = np.arange(height.size).reshape(n, h, w)
     best = height - 1e-9 * (index % (h * w))            # the tilt breaks ties on a plateau
+    heights = np.pad(best, ((0, 0), (1, 1), (1, 1)), constant_values=-inf)
     to = index                                          # the highest of each pixel and its neighbours
-    border = ((0, 0), (1, 1), (1, 1))
-    heights = np.pad(best, border, constant_values=-np.inf)
-    indices = np.pad(index, border)
     for dy in (0, 1, 2):
         for dx in (0, 1, 2):
-            neighbour = np.s_[:, dy:dy + h, dx:dx + w]
-            higher = heights[neighbour] > best
-            to = np.where(higher, indices[neighbour], to)
-            best = np.where(higher, heights[neighbour], best)
+            neighbour = heights[:, dy:dy + h, dx:dx + w]
+            higher = neighbour > best
+            to = np.where(higher, index + (dy - 1) * w + dx - 1, to)
+            best = np.where(higher, neighbour, best)
     to = to.ravel()
     while (to[to] != to).any():                         # follow the pointers, doubling the stride
         to = to[to]
@@ -723,38 +686,34 @@ def segment_patches(dapi, tubulin, actin):
     n, h, w = nuclei.shape
 
     # the nucleus nearest to the middle
-    dy = np.arange(h)[:, None] - (h - 1) / 2
-    dx = np.arange(w) - (w - 1) / 2
-    away = np.hypot(dy, dx)
-    away = np.where(nuclei > 0, away, np.inf)
-    nearest = away.min((1, 2), keepdims=True)
+    y, x = np.ogrid[:h, :w]
+    away = np.hypot(y - (h - 1) / 2, x - (w - 1) / 2)
+    away = np.where(nuclei > 0, away, inf)
+    nearest = away.min(PLANE, keepdims=True)
     first = away.reshape(n, -1).argmin(1)
-    flat = nuclei.reshape(n, -1)
-    label = flat[np.arange(n), first][:, None, None]
-    label = np.where(nearest <= CENTRE, label, -1)
-    nucleus = nuclei == label
-    nucleus = keep_connected(nucleus, nucleus & (away == nearest))
+    label = nuclei.reshape(n, -1)[np.arange(n), first]
+    label = label[:, None, None]
+    nucleus = keep_connected(nuclei == label, (away == nearest) & (away <= CENTRE))
     cell = keep_connected(cells == label, nucleus) | nucleus
 
     # is it plausible?
-    area = nucleus.sum((1, 2))
-    bright = (smooth * nucleus).sum((1, 2))
+    area = nucleus.sum(PLANE, keepdims=True)
+    bright = (smooth * nucleus).sum(PLANE, keepdims=True)
     bright /= np.maximum(area, 1)
-    background = np.where(nuclei > 0, np.nan, smooth)
-    dark = np.nanmedian(background, (1, 2))
+    background = np.where(nuclei > 0, nan, smooth)
+    dark = np.nanmedian(background, PLANE, keepdims=True)
     plausible = (area >= MIN_AREA) & (area <= MAX_SHARE * h * w)
     plausible &= bright > MIN_CONTRAST * dark
     masks = NUCLEUS * nucleus + CELL * cell
-    return masks * plausible[:, None, None]
+    return masks * plausible
 
 
 def segment(images, chunk=256):
     """Nucleus and cell in the middle of each patch.
     images (N, 3, H, W) uint16 or float of any scale, channels DAPI, tubulin, actin. Returns masks (N, H, W) uint8, bit 1 nucleus,
     bit 2 cell (with the nucleus). A patch without a plausible nucleus at its centre (too small, too large, no contrast) is zero."""
-    n, _, h, w = images.shape
-    masks = np.zeros((n, h, w), np.uint8)
-    for start in range(0, n, chunk):
+    masks = np.zeros_like(images[:, 0], np.uint8)
+    for start in range(0, len(images), chunk):
         here = slice(start, start + chunk)
         stacks = np.asarray(images[here], np.float32).swapaxes(0, 1)
         masks[here] = segment_patches(*stacks)
@@ -769,8 +728,6 @@ def segment_field(dapi, tubulin, actin):
     smooth, nuclei = find_nuclei(dapi)
     _, rank = np.unique(nuclei, return_inverse=True)
     nuclei = rank.reshape(nuclei.shape)
-    if not nuclei.any():
-        return np.zeros((2, *nuclei.shape[1:]), np.int32)
     label = np.arange(nuclei.max() + 1)
     dark = np.median(smooth[nuclei == 0])
     area = np.bincount(nuclei.ravel())
@@ -822,18 +779,21 @@ def extent(m):
     return first, m.shape[-1] - after
 
 
+def neighbours(x, axis):
+    """Sum of the two neighbours of every pixel along an axis. (Only margin rolls over the border.)"""
+    return x.roll(1, axis) + x.roll(-1, axis)
+
+
 def outline(m):
-    """Pixels of m with one of their 4 neighbours outside. (Only margin rolls over the border.)"""
-    above_and_below = m.roll(1, 1) & m.roll(-1, 1)
-    beside = m.roll(1, 2) & m.roll(-1, 2)
-    return m & ~(above_and_below & beside)
+    """Pixels of m with one of their 4 neighbours outside."""
+    inside = m.byte()
+    return m & (neighbours(inside, 1) + neighbours(inside, 2) < 4)
 
 
 def distance_to_outside(m):
     """Euclidean distance (pixels) of every pixel to the nearest one outside its object: (N, H, W) float64, 0 outside."""
     distance = [ndi.distance_transform_edt(one) for one in m.cpu().numpy()]
-    distance = np.stack(distance)
-    return torch.from_numpy(distance).to(m.device)
+    return torch.from_numpy(np.stack(distance)).to(m.device)
 
 
 def coordinates(m):
@@ -848,18 +808,18 @@ def coordinates(m):
 
 
 def moments(weight, y, x, order):
-    """sum of weight * y**p * x**q: weight (N, H, W), y (N, H), x (N, W) -> (N, order + 1, order + 1) [p, q]."""
+    """sum of weight * y**p * x**q: weight (N, H, W), y (N, H), x (N, W) -> (order + 1, order + 1, N) [p, q]."""
     y = torch.stack([y ** p for p in range(order + 1)], 1)
     x = torch.stack([x ** q for q in range(order + 1)], 1)
-    return y @ weight @ x.mT
+    return (y @ weight @ x.mT).permute(1, 2, 0)
 
 
 def ellipse(central):
-    """Axes and orientation of the ellipse with the same second moments; central moments (N, 4, 4)."""
-    area = central[:, 0, 0]
-    yy = central[:, 2, 0] / area
-    xx = central[:, 0, 2] / area
-    xy = central[:, 1, 1] / area
+    """Axes and orientation of the ellipse with the same second moments; central moments (4, 4, N)."""
+    area = central[0, 0]
+    yy = central[2, 0] / area
+    xx = central[0, 2] / area
+    xy = central[1, 1] / area
     spread = torch.hypot((yy - xx) / 2, xy)
     major = (yy + xx) / 2 + spread
     minor = ((yy + xx) / 2 - spread).clamp(min=0)
@@ -882,26 +842,25 @@ def ellipse(central):
 def perimeter(edge):
     """Length of an outline (N, H, W): a pixel weighs by its neighbours on it, 2 for a side and 10 for a corner (Benkrid, Crookes)."""
     edge = edge.byte()
-    beside = edge.roll(1, 2) + edge.roll(-1, 2)
-    above = edge.roll(1, 1) + edge.roll(-1, 1)
-    corners = beside.roll(1, 1) + beside.roll(-1, 1)
-    sides = beside + above
+    beside = neighbours(edge, 2)
+    sides = beside + neighbours(edge, 1)
+    corners = neighbours(beside, 1)
     code = edge * (1 + 2 * sides + 10 * corners)
     weight = torch.zeros(50, device=edge.device).double()
     weight[[5, 7, 15, 17, 25, 27]] = 1
     weight[[21, 33]] = sqrt(2)
     weight[[13, 23]] = (1 + sqrt(2)) / 2
-    return weight[code.int()].sum((1, 2))
+    return weight[code.int()].sum(PLANE)
 
 
 def euler_number(m):
     """Objects - holes (8-connected) = corners - sides + pixels of the closed pixel squares."""
+    m = m.char()
     rows = m | m.roll(1, 1)
     columns = m | m.roll(1, 2)
     corners = rows | rows.roll(1, 2)
-    sides = rows.int() + columns.int()
-    count = corners.int() - sides + m.int()
-    return count.sum((1, 2))
+    count = corners - (rows + columns) + m
+    return count.sum(PLANE)
 
 
 def radii(m, distance, area):
@@ -909,11 +868,10 @@ def radii(m, distance, area):
     outside_last = distance.masked_fill(~m, inf)
     ranked = sort_last(outside_last.flatten(1))
     middle = torch.stack([area - 1, area], 1) // 2
-    middle = middle.long()
     return {
-        "MaximumRadius": distance.amax((1, 2)),
-        "MeanRadius": distance.sum((1, 2)) / area,
-        "MedianRadius": ranked.gather(1, middle.clamp(min=0)).mean(1),
+        "MaximumRadius": distance.amax(PLANE),
+        "MeanRadius": distance.sum(PLANE) / area,
+        "MedianRadius": ranked.gather(1, middle.long().clamp(min=0)).mean(1),
     }
 
 
@@ -923,14 +881,13 @@ def dot(u, v):
 
 
 def hu_moments(normal):
-    """Hu's 7 moments, which do not change when an object turns; normal (N, 4, 4): normalised central moments."""
-    n20 = normal[:, 2, 0]
-    n11 = normal[:, 1, 1]
-    n02 = normal[:, 0, 2]
-    n30 = normal[:, 3, 0]
-    n21 = normal[:, 2, 1]
-    n12 = normal[:, 1, 2]
-    n03 = normal[:, 0, 3]
+    """Hu's 7 moments, which do not change when an object turns; normal (4, 4, N): normalised central moments."""
+    (
+        (_, _, n02, n03),
+        (_, n11, n12, _),
+        (n20, n21, _, _),
+        (n30, _, _, _),
+    ) = normal
     a = torch.complex(n20 - n02, 2 * n11)               # a turn by t multiplies these by exp(2it), exp(3it) and exp(it)
     b = torch.complex(n30 - 3 * n12, 3 * n21 - n03)
     c = torch.complex(n30 + n12, n21 + n03).conj()
@@ -1003,12 +960,11 @@ def zernike(m):
     y, x = coordinates(m)
     y = (y - centre.imag) / radius
     x = (x - centre.real) / radius
-    moment = moments(m.double(), y, x, 9).flatten(1)                            # (N, 100)
+    moment = moments(m.double(), y, x, 9).flatten(0, 1).T                       # (N, 100)
     polynomial = torch.from_numpy(zernike_coefficients()).to(m.device).flatten(1)
     value = moment.to(torch.complex128) @ polynomial.T                          # (N, 30)
     value = value.abs() / (pi * radius ** 2)
-    names = [f"Zernike_{n}_{k}" for n, k in ZERNIKE]
-    return dict(zip(names, value.unbind(1)))
+    return {f"Zernike_{n}_{k}": v for (n, k), v in zip(ZERNIKE, value.unbind(1))}
 
 
 def area_shape(m, edge, distance):
@@ -1020,16 +976,17 @@ def area_shape(m, edge, distance):
     y = y - top[:, None]                       # from the corner of the box
     x = x - left[:, None]
     raw = moments(m.double(), y, x, 3)
-    area = raw[:, 0, 0]
-    cy = raw[:, 1, 0] / area
-    cx = raw[:, 0, 1] / area
+    area = raw[0, 0]
+    cy = raw[1, 0] / area
+    cx = raw[0, 1] / area
     y = y - cy[:, None]
     x = x - cx[:, None]
     central = moments(m.double(), y, x, 3)
     order = torch.arange(4, device=m.device)
     order = (order[:, None] + order) / 2 + 1
-    normal = central / area[:, None, None] ** order
-    normal[:, [0, 0, 1], [0, 1, 0]] = nan          # as scikit-image leaves them
+    norm = area[:, None, None] ** order            # (N, 4, 4)
+    normal = central / norm.permute(1, 2, 0)
+    normal[[0, 0, 1], [0, 1, 0]] = nan          # as scikit-image leaves them
     length = perimeter(edge)
     roundness = 4 * pi * area / length ** 2
     value = {
@@ -1059,7 +1016,7 @@ def area_shape(m, edge, distance):
     for kind, table, rows in tables:
         for p in range(rows):
             for q in range(4):
-                value[f"{kind}Moment_{p}_{q}"] = table[:, p, q]
+                value[f"{kind}Moment_{p}_{q}"] = table[p, q]
     value |= zernike(m)
     return {f"AreaShape_{name}": v for name, v in value.items()}
 
@@ -1067,57 +1024,55 @@ def area_shape(m, edge, distance):
 # Intensity
 
 
-def quantile(ranked, count, share):
-    """CellProfiler's quantile: between the sorted values at position count * share and the next. (N, C, P), (N,) -> (N, C)."""
-    last = (count - 1).clamp(min=0)
-    place = count * share
+def quantile(ranked, area, share):
+    """CellProfiler's quantile: between the sorted values at position area * share and the next. (N, C, P), (N, 1) -> (N, C)."""
+    last = (area - 1).clamp(min=0)
+    place = area * share
     low = torch.minimum(place.floor(), last)
     high = torch.minimum(low + 1, last)
-    part = (place - low)[:, None]
-    index = torch.stack([low, high], 1).long()                                  # (N, 2)
-    index = index[:, None].expand(-1, ranked.shape[1], 2)
-    low, high = ranked.gather(2, index).double().unbind(2)
+    part = place - low
+    index = torch.cat([low, high], 1).long()                                    # (N, 2)
+    low, high = ranked.take_along_dim(index[:, None], 2).double().unbind(2)
     return low * (1 - part) + high * part
 
 
 def intensity(x, m, edge, channels):
     """Intensity of each object and of its outline, in every channel."""
     row, column = coordinates(m)
-    weights = [m, edge, m * row[:, None], m * column]
-    weight = torch.stack(weights, 1).flatten(2)                                 # (N, 4, P) float64
-    m = m.flatten(1)                                                            # (N, P)
-    edge = edge.flatten(1)
+    weight = torch.stack([m, edge, m * row[:, None], m * column], 1).flatten(2)     # (N, 4, P) float64
+    m = m.flatten(1)[:, None]                                                   # (N, 1, P)
+    edge = edge.flatten(1)[:, None]
     x = x.flatten(2)                                                            # (N, C, P) float32
     area, rim, sum_y, sum_x = weight.sum(2, keepdim=True).unbind(1)             # each (N, 1)
-    total, total_rim, light_y, light_x = (weight @ x.double().mT).unbind(1)     # each (N, C)
+    light = x.double()
+    total, total_rim, light_y, light_x = (weight @ light.mT).unbind(1)          # each (N, C)
     mean = total / area
-    off = x.double() - mean[..., None]
-    _, off_rim, _, _ = (weight @ off.mT).unbind(1)
+    off = light - mean[..., None]
+    off_rim = (weight @ off.mT)[:, 1]
     square, square_rim, _, _ = (weight @ (off ** 2).mT).unbind(1)
     variance_rim = square_rim / rim - (off_rim / rim) ** 2
     shift_y = light_y / total - sum_y / area
     shift_x = light_x / total - sum_x / area
 
-    count = area[:, 0]
-    ranked = sort_last(x.masked_fill(~m[:, None], inf))
-    median = quantile(ranked, count, 0.5)
+    ranked = sort_last(x.masked_fill(~m, inf))
+    median = quantile(ranked, area, 0.5)
     off_median = (ranked - median[..., None].float()).abs()
     value = {
         "IntegratedIntensity": total,
         "MeanIntensity": mean,
         "StdIntensity": (square / area).sqrt(),
         "MinIntensity": ranked[:, :, 0],
-        "MaxIntensity": quantile(ranked, count, 1),
+        "MaxIntensity": quantile(ranked, area, 1),
         "IntegratedIntensityEdge": total_rim,
         "MeanIntensityEdge": total_rim / rim,
         "StdIntensityEdge": variance_rim.clamp(min=0).sqrt(),
-        "MinIntensityEdge": x.masked_fill(~edge[:, None], inf).amin(2),
-        "MaxIntensityEdge": x.masked_fill(~edge[:, None], -inf).amax(2),
+        "MinIntensityEdge": x.masked_fill(~edge, inf).amin(2),
+        "MaxIntensityEdge": x.masked_fill(~edge, -inf).amax(2),
         "MassDisplacement": torch.hypot(shift_y, shift_x),
-        "LowerQuartileIntensity": quantile(ranked, count, 0.25),
+        "LowerQuartileIntensity": quantile(ranked, area, 0.25),
         "MedianIntensity": median,
-        "UpperQuartileIntensity": quantile(ranked, count, 0.75),
-        "MADIntensity": quantile(sort_last(off_median), count, 0.5),
+        "UpperQuartileIntensity": quantile(ranked, area, 0.75),
+        "MADIntensity": quantile(sort_last(off_median), area, 0.5),
     }
     named = {}
     for name, v in value.items():
@@ -1132,32 +1087,28 @@ def intensity(x, m, edge, channels):
 def grey_pairs(level, scale):
     """Pairs of grey levels `scale` pixels apart in 4 directions; level (N, H, W) int32 below 256, 0 counts as outside.
     Four (K,) tensors, an entry for each pair that occurs: object * 4 + direction, lower level, higher level, how often."""
-    n, h, w = level.shape
+    n, _, w = level.shape
+    level = F.pad(level, (0, scale)).flatten(1)         # nothing beside each row: no pair reaches into the next one
     row = torch.arange(n, dtype=torch.int32, device=level.device) * 4
     keys = []
     for direction, (dy, dx) in enumerate(DIRECTIONS):
-        right = max(0, dx) * scale
-        left = max(0, -dx) * scale
-        a = level[:, :h - dy * scale, left:w - right]
-        b = level[:, dy * scale:, right:w - left]
+        apart = (dy * (w + scale) + dx) * scale
+        a = level[:, :-apart]
+        b = level[:, apart:]
         low = torch.minimum(a, b)
         high = torch.maximum(a, b)
-        here = (row + direction)[:, None, None]
-        key = here << 16 | low << 8 | high
+        key = (row + direction)[:, None] << 16 | low << 8 | high
         keys.append(select(key, low > 0))
     key = sort_last(torch.cat(keys))
     key, count = key.unique_consecutive(return_counts=True)
-    row = key >> 16
-    low = key >> 8 & 255
-    high = key & 255
-    return row, low, high, count.double()
+    return key >> 16, key >> 8 & 255, key & 255, count.double()
 
 
 def haralick(row, low, high, count, levels):
     """Haralick's 13 features of the pairs of `grey_pairs`; levels (R,): 1 + the highest level. {name: (R,)}, NaN without pairs."""
     rows = len(levels)
     k = torch.arange(511, dtype=torch.float64, device=row.device)
-    k2 = k ** 2
+    k2 = k[:256] ** 2
 
     def tally(bins, index, weight):
         return torch.bincount(index, weight, rows * bins).double().view(rows, bins)
@@ -1169,28 +1120,27 @@ def haralick(row, low, high, count, levels):
     as_low = tally(256, row << 8 | low, count)
     as_high = tally(256, row << 8 | high, count)
     single_p = (as_low + as_high) / (2 * total)
-    sums = tally(512, (row << 9) + low + high, count)[:, :511]
-    sum_p = sums / total
-    differences = tally(256, (row << 8) + high - low, count)
-    difference_p = differences / total
+    sum_p = tally(512, (row << 9) + low + high, count)[:, :511] / total
+    difference_p = tally(256, (row << 8) + high - low, count) / total
     ordered = torch.where(low == high, count, count / 2)                        # of (low, high), and as many of (high, low)
     logs = tally(1, row, count * ordered.log2())
     joint = (total.log2() - logs / total)[:, 0]
     single = entropy(single_p)
     mean = single_p @ k[:256]
-    variance = single_p @ k2[:256] - mean ** 2
-    contrast = difference_p @ k2[:256]
-    sum_square = sum_p @ k2
-    covariance = (sum_square - contrast) / 4 - mean ** 2
+    mean2 = mean ** 2
+    variance = single_p @ k2 - mean2
+    contrast = difference_p @ k2
+    sum_square = sum_p @ k ** 2
+    covariance = (sum_square - contrast) / 4 - mean2
     moment = tally(1, row, count * ordered) / total ** 2
     return {
         "AngularSecondMoment": moment[:, 0],
         "Contrast": contrast,
         "Correlation": torch.where(variance == 0, 1, covariance / variance),
         "Variance": variance,
-        "InverseDifferenceMoment": difference_p @ (1 / (1 + k2[:256])),
+        "InverseDifferenceMoment": difference_p @ (1 / (1 + k2)),
         "SumAverage": 2 * mean,
-        "SumVariance": sum_square - 4 * mean ** 2,
+        "SumVariance": sum_square - 4 * mean2,
         "SumEntropy": entropy(sum_p),
         "Entropy": joint,
         "DifferenceVariance": (difference_p ** 2).sum(1) / levels - 1 / levels ** 2,
@@ -1207,7 +1157,7 @@ def texture(x, m, channels, scale):
     for channel, pixels in zip(channels, x.unbind(1)):
         level = (pixels * 255).round().clamp(0, 255)
         level = level.int() * m
-        levels = level.amax((1, 2)).repeat_interleave(4) + 1
+        levels = level.amax(PLANE).repeat_interleave(4) + 1
         for name, v in haralick(*grey_pairs(level, scale), levels).items():
             v = v.view(-1, 4)                                                   # (N, directions)
             lacking = v.isnan().any(1)
@@ -1246,15 +1196,14 @@ def path_length(m, row, column):
     """Shortest way inside m from pixel (row, column) of each object, by steps of 1 and sqrt(2): (N, H, W), inf = no way.
     In numpy on any device: it is hundreds of small steps."""
     n, h, w = m.shape
-    y = np.arange(h)[:, None, None]                                             # (H, 1, 1)
-    x = np.arange(w)[:, None]                                                   # (W, 1)
+    y, x, _ = np.ogrid[:h, :w, :1]                                              # (H, 1, 1), (1, W, 1)
     dy = np.abs(y - row)
     dx = np.abs(x - column)
     free = np.maximum(dy, dx) + DIAGONAL * np.minimum(dy, dx)                   # (H, W, N), with nothing in the way
     free = free.astype(np.float32)
-    length = np.where(free == 0, free, np.float32(np.inf))
+    length = np.where(free == 0, free, np.float32(inf))
     inside = np.ascontiguousarray(m.transpose(1, 2, 0))
-    step = np.where(inside, np.float32(1), np.float32(np.inf))
+    step = np.where(inside, np.float32(1), np.float32(inf))
     sweep_all(length, step)
     detour = inside & (length > free + 1e-3)
     todo = np.flatnonzero(detour.any((0, 1)))                                   # another one may be shorter
@@ -1271,10 +1220,8 @@ def ring_and_wedge(m, distance):
     """Ring * WEDGES + wedge of every pixel seen from the innermost one, in RINGS rings from there to the edge: (N, H, W), -1
     outside. The innermost pixel is the first one farthest from the edge. Where several tie, CellProfiler's choice is arbitrary."""
     centre = distance.flatten(1).argmax(1)
-    row = centre // m.shape[2]
-    column = centre % m.shape[2]
-    place = torch.stack([row, column]).cpu().numpy()
-    path = path_length(m.cpu().numpy(), *place)
+    row, column = torch.unravel_index(centre, m.shape[1:])
+    path = path_length(m.cpu().numpy(), row.cpu().numpy(), column.cpu().numpy())
     path = torch.from_numpy(path).to(m.device).double()
     inside = m & path.isfinite()                                                # an island cannot be reached
     ring = path / (path + distance + 0.001) * RINGS
@@ -1310,39 +1257,37 @@ def radial_distribution(x, sector, channels):
         average = mean.sum(2) / used.sum(2)
         off = (mean - average[..., None]) * used
         variance = (off ** 2).sum(2) / used.sum(2)
-        spread = variance.sqrt()
         kinds = {
             "FracAtD": share,
             "MeanFrac": share / (share_of_pixels + np.finfo(float).eps),
-            "RadialCV": (spread / average).nan_to_num(0),
+            "RadialCV": (variance.sqrt() / average).nan_to_num(0),
         }
         for name, v in kinds.items():
             for i in range(RINGS):
-                column = f"RadialDistribution_{name}_{channel}_{i + 1}of{RINGS}"
-                value[column] = v[:, i]
+                value[f"RadialDistribution_{name}_{channel}_{i + 1}of{RINGS}"] = v[:, i]
     return value
 
 
 # Correlation
 
 
-def correlation(x, m, channels, threshold=0.15):
-    """Correlation, overlap, K and Manders coefficients of every two channels, the last three above `threshold` of the maximum."""
+def correlation(x, m, channels):
+    """Correlation, overlap, K and Manders coefficients of every two channels, the last three above 15 % of the maximum."""
     x = x.flatten(2)                                                            # (N, C, P)
     m = m.flatten(1)[:, None]
-    least = threshold * (x * m).amax(2, keepdim=True)                           # in float32, as CellProfiler does
+    least = 0.15 * (x * m).amax(2, keepdim=True)                                # in float32, as CellProfiler does
     above = ((x >= least) & m).double()
     x = x.double()
     total = (x * m).sum(2, keepdim=True)
     mean = total / m.sum(2, keepdim=True)
     off = (x - mean) * m
     covariance = off @ off.mT                                                   # (N, C, C)
-    variance = covariance.diagonal(dim1=1, dim2=2)
+    variance = covariance.diagonal(dim1=1, dim2=2)[:, None]
     bright = x * above
     product = bright @ bright.mT
     square = bright ** 2 @ above.mT
     symmetric = {
-        "Correlation": covariance / (variance[:, :, None] * variance[:, None]).sqrt(),
+        "Correlation": covariance / (variance * variance.mT).sqrt(),
         "Overlap": product / (square * square.mT).sqrt(),
     }
     directed = {
@@ -1350,38 +1295,24 @@ def correlation(x, m, channels, threshold=0.15):
         "Manders": bright @ above.mT / bright.sum(2, keepdim=True),
     }
     value = {}
-    for i, a in enumerate(channels):
-        for j, b in enumerate(channels):
-            tables = symmetric | directed if i < j else directed
-            for name, table in tables.items():
-                if i != j:
-                    value[f"Correlation_{name}_{a}_{b}"] = table[:, i, j]
+    for (i, a), (j, b) in permutations(enumerate(channels), 2):
+        tables = symmetric | directed if i < j else directed
+        for name, table in tables.items():
+            value[f"Correlation_{name}_{a}_{b}"] = table[:, i, j]
     return value
 
 
 # All families of all compartments
 
 
-def measure_objects(x, m, channels, scale):
-    """One object a patch: {name: (N,) values}, the name without that of the object."""
-    edge = outline(m)
-    distance = distance_to_outside(m)
-    value = area_shape(m, edge, distance)
-    value |= intensity(x, m, edge, channels)
-    value |= texture(x, m, channels, scale)
-    value |= radial_distribution(x, ring_and_wedge(m, distance), channels)
-    return value
-
-
 def measure_patches(images, masks, channels, scale, device):
     """See `measure`; all patches at once."""
     whole = FULL_SCALE if images.dtype.kind in "ui" else 1
-    x = images.astype(np.float32) / np.float32(whole)
-    x = torch.from_numpy(x).to(device)
-    mask = torch.from_numpy(masks).to(device)
+    x = torch.from_numpy(images.astype(np.float32) / whole)
+    mask = torch.from_numpy(masks)
     margin = (MARGIN,) * 4
-    x = F.pad(x, margin)
-    mask = F.pad(mask, margin)
+    x = F.pad(x.to(device), margin)
+    mask = F.pad(mask.to(device), margin)
     nucleus = mask & NUCLEUS > 0
     cell = mask & CELL > 0
     result = {}
@@ -1391,7 +1322,14 @@ def measure_patches(images, masks, channels, scale, device):
         ("Cytoplasm", cell & ~nucleus, 1),
     ]
     for compartment, m, first in compartments:
-        value = measure_objects(x[:, first:], m, channels[first:], scale)
+        light = x[:, first:]
+        stained = channels[first:]
+        edge = outline(m)
+        distance = distance_to_outside(m)
+        value = area_shape(m, edge, distance)
+        value |= intensity(light, m, edge, stained)
+        value |= texture(light, m, stained, scale)
+        value |= radial_distribution(light, ring_and_wedge(m, distance), stained)
         if compartment == "Cells":
             value |= correlation(x, m, channels)
         absent = ~m.any(2).any(1)
@@ -1410,8 +1348,7 @@ def measure(images, masks, channels=CHANNELS, scale=3, chunk=64, device="cpu"):
     images = np.asarray(images)
     masks = np.asarray(masks, np.uint8)
     n, c, h, w = images.shape
-    assert n and c == len(channels), (images.shape, channels)
-    assert masks.shape == (n, h, w), (images.shape, masks.shape)
+    assert n and c == len(channels) and masks.shape == (n, h, w), (images.shape, masks.shape)
     assert chunk < 2 ** 13, chunk                       # what 4 directions leave of 15 bits in `grey_pairs`
 
     def part(start):
@@ -1438,13 +1375,12 @@ def measurements(x, channels, white=None, device="cpu"):
         raise InputError(f"channels {', '.join(channels)}: measuring needs three, "
                          "the stain of the nucleus first")
     x = np.asarray(x)
-    if x.dtype == np.uint8:
-        x = x / np.float32(255)
-    x = x.astype(np.float32)
+    whole = 255 if x.dtype == np.uint8 else 1
+    x = x.astype(np.float32) / whole
     if white is not None:
         white = np.asarray(white, np.float32) / FULL_SCALE
         x = x * white[:, None, None]
     names, values = measure(x, segment(x), channels, device=device)
-    values[~np.isfinite(values)] = np.nan
-    features, _, _ = sort_columns(names)
-    return pd.DataFrame(values, columns=names)[features]
+    values[~np.isfinite(values)] = nan
+    table = pd.DataFrame(values, columns=names)
+    return table[sort_columns(names)[0]]
