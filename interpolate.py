@@ -322,11 +322,8 @@ class Cells:
     def paint(self, f):
         """Pictures (n, C, S, S) of f (n, F)."""
         draw = self.G if self.G.takes == "features" else self.G.decode
-        parts = []
-        for part in torch.tensor(f).float().split(256):
-            x = draw(part.to(self.G.device))
-            parts.append(x.clamp(0, 1).cpu())
-        return torch.cat(parts)
+        parts = [draw(part.to(self.G.device)).cpu() for part in torch.tensor(f).float().split(256)]
+        return torch.cat(parts).clamp(0, 1)
 
     def look(self, x):
         """What CellProfiler would measure in pictures (n, F); NaN: no nucleus found, or not a measurement of pictures."""
@@ -412,11 +409,8 @@ class EncodedCells(Cells):
     """The cells of a prepared folder in the latent space of a VAE: f are the encoder's means."""
 
     def f(self, rows):
-        means = []
-        for part in torch.tensor(rows).split(256):
-            x = self.pictures(part.numpy())
-            mean, _ = self.G.encode(x.to(self.G.device))
-            means.append(mean.cpu())
+        parts = (self.pictures(part.numpy()) for part in torch.tensor(rows).split(256))  # one at a time
+        means = [self.G.encode(x.to(self.G.device))[0].cpu() for x in parts]
         return torch.cat(means).double().numpy()
 
 
