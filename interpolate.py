@@ -36,7 +36,7 @@ AREA = FIG4C[0]  # what walks and latents report of their pictures
 BLOCK = 50  # dimensions replaced at once in Fig 5a (paper)
 # --edit: what happens to the measurements that an edit does not name (Cells.edit), in words
 OTHERS = {"hold": "held", "conditional": "moved to their conditional mean"}
-OFFSETS = np.arange(-3.0, 4.0)  # sd, the moves of controllability
+OFFSETS = np.arange(-3.0, 4.0)  # sd, the moves of controllability, 0 among them
 REFERENCE = 20_000  # training cells at most that stand for the data: bounds the memory
 NOISE, FRESH = 500, 2_000  # noise vectors that serve as a GAN's cells, and more that stand for its data
 GROUP = 200  # cells at most of a concentration in Fig 5b: DMSO would be most of the principal axes
@@ -200,16 +200,16 @@ def outside(percentile):
 
 
 
-def obedience(asked, got, offsets, features, scale, j, follow=0, seed=0):
-    """How the pictures obey an edit of feature j. asked, got (K, n, F): raw vectors of n cells moved by `offsets` (K,) sd, a 0 among
-    them, and what was measured again, NaN where nothing; scale (F,) one sd of each, NaN where that is another unit -> a record (dict).
+def obedience(asked, got, features, scale, j, follow=0, seed=0):
+    """How the pictures obey an edit of feature j. asked, got (K, n, F): raw vectors of n cells moved by OFFSETS (K,) sd, and what was
+    measured again, NaN where nothing; scale (F,) one sd of each, NaN where that is another unit -> a record (dict).
     slope: realised per requested sd, least squares in each cell, mean over the n cells that have one, with a 95 % bootstrap interval;
     error: median |got - asked| in sd; offset: median of got - asked, which a slope does not show; off target: mean |slope| of the other
     features beyond `follow` (F,), what the edit asked of them. Where feature j was not measured all but the last are absent."""
     angle = is_angle(features)
     got = np.where(angle, np.unwrap(got, period=180, axis=0), got)
     seen = np.ma.masked_invalid(got)
-    x = offsets[:, None, None] + 0 * seen  # masked as seen is
+    x = OFFSETS[:, None, None] + 0 * seen  # masked as seen is
     x = x - x.mean(0)  # each cell about its own mean
     slopes = (x * seen).sum(0) / (x * x).sum(0) / scale  # (n, F)
     astray = np.abs(slopes.mean(0) - follow).filled(np.nan)
@@ -223,8 +223,8 @@ def obedience(asked, got, offsets, features, scale, j, follow=0, seed=0):
         miss = wrap(miss)
     record["error"] = np.nanmedian(np.abs(miss)) / scale[j]
     record["offset"] = np.nanmedian(miss) / scale[j]
-    moved = got[:, :, j] - got[offsets == 0, :, j]
-    pairs = pd.DataFrame({"asked": offsets.repeat(got.shape[1]), "moved": moved.ravel()})
+    moved = got[:, :, j] - got[OFFSETS == 0, :, j]
+    pairs = pd.DataFrame(dict(asked=OFFSETS.repeat(got.shape[1]), moved=moved.ravel()))
     record["spearman"] = pairs.corr("spearman").loc["asked", "moved"]
     return record
 
@@ -267,6 +267,7 @@ class Cells:
         self.features = G.features
         self.centre = G.centre.numpy()
         self.scale = G.scale.numpy()
+        self.area = [j for j, name in enumerate(G.features) if name == AREA]
         if folder:
             self.dropped = folder.meta["dropped"]
             self.table = folder.cells
@@ -635,13 +636,9 @@ def walk(cells, ends):
     t = np.linspace(0, 1, 9)
     result = Result("walk_" + "_".join(ends), " to ".join(ends), cells=ends)
     heads = [f"at {v:.2f}" for v in t]
-    result.draw(cells, f"measured: {AREA}", line(*cells.f(rows), t), heads, watched(cells), rows, t=t)
+    result.draw(cells, f"measured: {AREA}", line(*cells.f(rows), t), heads, cells.area, rows, t=t)
     return result
 
-
-def watched(cells):
-    """The feature whose measured value stands under walks, if the model knows it."""
-    return [j for j, name in enumerate(cells.features) if name == AREA]
 
 
 def algebra(cells, feature=AREA):
@@ -696,7 +693,7 @@ def controllability(cells, feature=("*",), n=16, edit="hold"):
         far = cells.reference.how_far(f).reshape(-1, n)  # (7, n)
         if edit == "conditional":
             follow = cells.reference.covariance[j] / cells.reference.covariance[j, j]
-        record = obedience(asked, got, OFFSETS, cells.features, cells.unit, j, follow, cells.seed)
+        record = obedience(asked, got, cells.features, cells.unit, j, follow, cells.seed)
         if cells.relative[j]:
             record["status"] = "relative"  # the pictures express it in another unit
         record["outside percentile at 1 sd"] = np.median(far[[2, 4]])  # -1 and 1 sd
@@ -751,7 +748,7 @@ def latents(cells):
         z[:, d] = values[d]
         heads = [f"at {v:.3g}" for v in values[d]]
         name = f"dimension {d}; measured: {AREA}"
-        result.draw(cells, name, z, heads, watched(cells),
+        result.draw(cells, name, z, heads, cells.area,
                     value=values[d], dimension=d, mean_size=size[d])
     return result
 
