@@ -146,10 +146,6 @@ def load_inception(path, device="cpu"):
     return net.to(device).eval()
 
 
-def batches(stop, size=256, start=0):
-    """Slices of at most `size` from start to stop."""
-    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
-
 
 @torch.no_grad()
 def inception_features(net, images, batch=64):
@@ -158,8 +154,8 @@ def inception_features(net, images, batch=64):
     device = next(net.parameters()).device
     features = []
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for i in batches(len(images), batch):
-            x = torch.tensor(images[i], device=device).float() / 255
+        for part in torch.tensor(images).split(batch):
+            x = part.to(device) / 255                                           # uint8 becomes float32
             features.append(net(x).cpu())
     return torch.cat(features).numpy()
 
@@ -170,8 +166,7 @@ def check_sets(*sets, least=1):
     shapes = [x.shape for x in sets]
     d = shapes[0][-1]
     for x in sets:
-        fits = x.ndim == 2 and x.shape[1] == d > 0 and len(x) >= least
-        if not fits:
+        if x.shape[1:] != (d,) or not d or len(x) < least:
             raise InputError(f"expected (N, d) with one d and at least {least} rows, found {shapes}")
         bad = np.argwhere(~np.isfinite(x))
         if len(bad):
@@ -240,11 +235,14 @@ def kid(x, y, subset=None, subsets=100, seed=0):
 
 def neighbour_radius(x, k):
     """Distance (N,) from each row of x (N, d) to its k-th nearest other row; a tie counts as inside."""
-    radius = []
-    for rows in x.split(512):
-        nearest, _ = torch.cdist(rows, x).kthvalue(k + 1)                       # the row itself comes first
-        radius.append(nearest)
+    radius = [torch.cdist(rows, x).kthvalue(k + 1).values for rows in x.split(512)]     # the row itself comes first
     return torch.cat(radius) * (1 + 1e-9)
+
+
+def share_inside(x, centres, radius):
+    """Share of the rows of x (N, d) in one ball at least, about centres (M, d) of `radius` (M,)."""
+    inside = [(torch.cdist(rows, centres) <= radius).any(1) for rows in x.split(512)]
+    return int(torch.cat(inside).sum()) / len(x)
 
 
 def precision_recall(real, fake, k=3):
@@ -252,15 +250,10 @@ def precision_recall(real, fake, k=3):
     A cell's ball reaches to its k-th nearest other cell of the same set. Precision: share of fakes in a real ball; recall:
     share of real cells in a fake ball."""
     real, fake = map(torch.tensor, check_sets(real, fake, least=k + 1))
-    radius_real = neighbour_radius(real, k)                                     # (N,)
-    radius_fake = neighbour_radius(fake, k)                                     # (M,)
-    precise = 0
-    recalled = torch.zeros(len(real), dtype=torch.bool)
-    for rows, radius in zip(fake.split(512), radius_fake.split(512)):
-        distance = torch.cdist(rows, real)                                      # (B, N)
-        precise += int((distance <= radius_real).any(1).sum())
-        recalled |= (distance <= radius[:, None]).any(0)
-    return {"precision": precise / len(fake), "recall": int(recalled.sum()) / len(real)}
+    return dict(
+        precision=share_inside(fake, real, neighbour_radius(real, k)),
+        recall=share_inside(real, fake, neighbour_radius(fake, k)),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,14 +268,10 @@ class CPSpace:
     def __init__(self, train, d):
         if len(train) < 20:
             raise InputError(f"{len(train)} training cells could be measured, 20 are needed")
-        values = train.to_numpy(np.float64)                                     # (N, F)
-        full = np.isnan(values).mean(0) <= 0.05
-        values = np.where(full, values, 0)
-        centre = np.nanmedian(values, axis=0)
-        off = np.abs(values - centre)
-        spread = 1.4826 * np.nanmedian(off, axis=0)                             # the sd of a normal distribution
-        keep = spread > 1e-9 * np.abs(centre)                                   # a constant's rounding is no spread
-        self.kept = list(train.columns[keep])
+        values = train.loc[:, train.isna().mean() <= 0.05].astype(np.float64)
+        centre = values.median()
+        spread = 1.4826 * (values - centre).abs().median()                      # the sd of a normal distribution
+        keep = spread > 1e-9 * centre.abs()                                     # a constant's rounding is no spread
         self.centre = centre[keep]
         self.spread = spread[keep]
         z = self.z_scores(train)
@@ -294,9 +283,8 @@ class CPSpace:
     def z_scores(self, frame):
         """Measurements (N rows) -> (v - median) / (1.4826 MAD), clipped to +-10, (N, F kept); missing = 0, the median."""
         assert not frame.isna().all(axis=1).any(), "a cell without any measurement: count it and leave it out"
-        values = frame[self.kept].to_numpy(np.float64)
-        z = (values - self.centre) / self.spread
-        return np.nan_to_num(z.clip(-10, 10), nan=0)
+        z = (frame[self.centre.index].astype(np.float64) - self.centre) / self.spread
+        return z.clip(-10, 10).fillna(0).to_numpy()
 
     def __call__(self, frame):
         """Measurements (N rows) -> components (N, d)."""
@@ -322,8 +310,7 @@ def correlations(a, b, weights):
     def scatter(x, y):
         return weights @ (x * y) - (weights @ x) * (weights @ y) / pairs        # (R, F)
 
-    a = centred(a)
-    b = centred(b)
+    a, b = centred(a), centred(b)
     with np.errstate(divide="ignore", invalid="ignore"):
         aa = scatter(a, a)
         bb = scatter(b, b)
@@ -363,14 +350,14 @@ def treatment_profiles(wells, features, average="mean"):
     wells = wells[~unknown]
     if not len(wells):
         raise InputError("no well has a known mechanism of action")
-    batch = wells["plate"].astype(str).str.split("_").str[0]
+    batch = wells["plate"].astype(str).str.partition("_")[0]
     groups = wells.assign(batch=batch).groupby(["compound", "concentration", "moa"], dropna=False)
     treatments = groups[features].agg(average)
     treatments.insert(0, "batches", groups["batch"].unique())
     return treatments.reset_index()
 
 
-def nsc(profiles, compounds, moas, batches=None, seed=0, draws=1000):
+def nsc(profiles, compounds, moas, batches=None, seed=0):
     """Mechanism of action from the nearest profile (cosine) of another compound (NSC) and, given `batches`, batch (NSCB).
     profiles (T, F), compounds and moas (T,), batches a list a treatment. A treatment is scorable if an admissible profile
     shares its mechanism; others leave the denominator; InputError if none is, or for a profile of zeros. Returns accuracy,
@@ -408,17 +395,16 @@ def nsc(profiles, compounds, moas, batches=None, seed=0, draws=1000):
         scorable=scorable,
     ))
     per_compound = table[scorable].groupby(["compound", "moa"])["correct"]
-    right = per_compound.sum().to_numpy()
-    size = per_compound.size().to_numpy()
+    right, size = per_compound.agg(["sum", "size"]).to_numpy().T
 
     def resampled(weights):
         return (weights @ right / (weights @ size))[:, None]
 
-    (accuracy,), (low,), (high,) = bootstrap(resampled, len(size), seed)
+    accuracy, low, high = bootstrap(resampled, len(size), seed)[:, 0]
     _, first, which = np.unique(compounds, return_index=True, return_inverse=True)
     random = np.random.default_rng(seed)
     null = []
-    for _ in range(draws):
+    for _ in range(1000):
         lucky, there = score(random.permutation(moas[first])[which])
         if there.any():
             null.append(lucky[there].mean())
@@ -432,14 +418,18 @@ def nsc(profiles, compounds, moas, batches=None, seed=0, draws=1000):
     )
 
 
+def refuse(wells, what):
+    """InputError with `what` is wrong with these wells, if there are any."""
+    if len(wells):
+        plate, well = wells[["plate", "well"]].iloc[0]
+        raise InputError(f"{len(wells)} {what}; first plate {plate} well {well}")
+
+
 def score_profiles(wells, normalise="z", average="mean", seed=0):
     """{"NSC", "NSCB": what nsc returns, or {"absent": reason}} of well profiles (WELL_COLUMNS, then features), each plate
     scaled by its DMSO wells first (data.scale_by_dmso). InputError if a well stands in two rows, or for a missing value."""
     twice = wells[wells.duplicated(["plate", "well"])]
-    if len(twice):
-        plate, well = twice[["plate", "well"]].iloc[0]
-        raise InputError(f"{len(twice)} rows repeat a well, first plate {plate} well {well}; expected one row and "
-                         "one treatment a well")
+    refuse(twice, "rows repeat a well, where one row and one treatment a well are expected")
     features = list(wells.columns.drop(WELL_COLUMNS))
     x, = check_sets(wells[features])
     is_dmso = wells["compound"] == data.SOLVENT
@@ -476,11 +466,7 @@ def read_profiles(path, image_csv=None, moa=None):
         told = [*key, "compound", "concentration"]
         require(image, told, image_csv)
         cells = cells[key].merge(image[told].drop_duplicates(), "left", key)
-        unknown = cells[cells["compound"].isna()]
-        if len(unknown):
-            plate, well = unknown[key].iloc[0]
-            raise InputError(f"{image_csv}: does not list {len(unknown)} of the {len(table)} wells of {path}, "
-                             f"first plate {plate} well {well}")
+        refuse(cells[cells["compound"].isna()], f"of the {len(cells)} wells of {path} are not listed in {image_csv}")
     mechanisms = None
     if moa:
         mechanisms = data.read_moa(moa)
@@ -517,18 +503,18 @@ def feature_table(real, fake, given, treatment, image_norm):
     b = fake.where(both)
     given = given.reindex(columns=real.columns)
     parts = real.columns.str.split("_")
-    table = pd.DataFrame(index=real.columns)
-    table["compartment"] = parts.str[0]
-    table["family"] = parts.str[1]
-    table["r"] = pearson(a, b)
-    table["spearman"] = pearson(a.rank(), b.rank())
-    table["r within treatments"] = pearson(within(a, treatment), within(b, treatment))
-    table["r of generated with input"] = pearson(given, b)
-    table["r of real with input"] = pearson(given, a)
-    table["n"] = both.sum()
-    is_place = real.columns.str.contains("MassDisplacement")
-    is_intensity = (table["family"] == "Intensity") & ~is_place
-    table["relative"] = is_intensity & (image_norm == "cell-max")
+    is_intensity = real.columns.str.match(r"[^_]+_Intensity_(?!MassDisplacement)")      # that is a place
+    table = pd.DataFrame({
+        "compartment": parts.str[0],
+        "family": parts.str[1],
+        "r": pearson(a, b),
+        "spearman": pearson(a.rank(), b.rank()),
+        "r within treatments": pearson(within(a, treatment), within(b, treatment)),
+        "r of generated with input": pearson(given, b),
+        "r of real with input": pearson(given, a),
+        "n": both.sum(),
+        "relative": is_intensity & (image_norm == "cell-max"),
+    }, real.columns)
     return table.sort_values("r", ascending=False, kind="stable").rename_axis("feature")
 
 
@@ -551,6 +537,11 @@ def claims(table):
 # Who is judged: the generator, beside real cells, retrieval, chance and the mean
 
 TRAIN_SAMPLE = 2000  # training cells, drawn by the seed, for the mean image and the scale and components of FD-CP
+
+
+def batches(stop, start=0):
+    """Slices of at most 256 from start to stop."""
+    return [slice(i, min(i + 256, stop)) for i in range(start, stop, 256)]
 
 
 def by_name(folder, rows):
@@ -601,9 +592,9 @@ def represented(G, D, folder, rows, device):
             profile, _ = G.encode(x.to(device))
         else:
             noise = torch.empty_like(x)
-            for k, name in enumerate(folder.cells["cell"].iloc[rows[i]]):
+            for own, name in zip(noise, folder.cells["cell"].iloc[rows[i]]):
                 random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-                noise[k].normal_(generator=random)
+                own.normal_(generator=random)
             profile = D.profile(x.to(device), noise.to(device))
         found.append(profile.cpu())
     return pd.DataFrame(torch.cat(found).numpy()).add_prefix("z")
@@ -612,24 +603,23 @@ def represented(G, D, folder, rows, device):
 def nearest_training_cell(folder, rows, train):
     """For each cell the training cell whose standardised CP vector is nearest (Euclid): retrieval. Row numbers (N,)."""
     known = features_of(folder, train)
-    nearest = []
-    for i in batches(len(rows)):
-        distance = torch.cdist(features_of(folder, rows[i]), known)             # (B, training cells)
-        nearest.append(distance.argmin(1))
+    wanted = features_of(folder, rows)
+    nearest = [torch.cdist(f, known).argmin(1) for f in wanted.split(256)]
     return train[torch.cat(nearest).numpy()]
 
 
 def contestants(G, folder, rows, seed, device):
-    """Who draws the cells `rows`: names, "real" first, and a function (name, slice of rows) -> pictures (B, C, S, S) in 0..1.
-    It also draws "training sample", TRAIN_SAMPLE real cells at most."""
+    """Who draws the cells `rows`: names, "real" first, a function (name, slice of rows) -> pictures (B, C, S, S) in 0..1, and
+    pictures of TRAIN_SAMPLE training cells at most."""
     train = by_name(folder, folder.rows("train"))
     cells = {
         "real": rows,
         "nearest training cell": nearest_training_cell(folder, rows, train),
         "random training cell": np.random.default_rng([seed, 1]).choice(train, len(rows)),
-        "training sample": np.random.default_rng([seed, 2]).permutation(train)[:TRAIN_SAMPLE],
     }
-    mean = images_of(folder, cells["training sample"], G).mean(0)
+    some = np.random.default_rng([seed, 2]).permutation(train)[:TRAIN_SAMPLE]
+    sample = images_of(folder, some, G)
+    mean = sample.mean(0)
     z = noise_for(G, len(rows), seed)
 
     def draw(who, i):
@@ -645,7 +635,7 @@ def contestants(G, folder, rows, seed, device):
     names = ["real", "generated", "nearest training cell", "random training cell", "mean training image"]
     if G.takes == "images":
         names.insert(2, "free samples")
-    return names, draw
+    return names, draw, sample
 
 
 @torch.no_grad()
@@ -668,9 +658,7 @@ def pair_losses(draw, who, D, n, device):
 def measure_pictures(draw, who, n, channels, device):
     """Measurements (frame, n rows) of a contestant's pictures; a row of NaN where no nucleus was found."""
     print(f"measuring {n} pictures: {who}", file=sys.stderr)
-    parts = []
-    for i in batches(n):
-        parts.append(data.measurements(draw(who, i), channels, device=device))
+    parts = [data.measurements(draw(who, i), channels, device=device) for i in batches(n)]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -714,8 +702,7 @@ class Report:
         def mean(weights):
             return weights @ values[:, None] / n
 
-        (value,), (low,), (high,) = bootstrap(mean, n, self.seed)
-        self.add(who, quantity, n, extractor, value, low, high)
+        self.add(who, quantity, n, extractor, *bootstrap(mean, n, self.seed)[:, 0])
 
     def add_correlations(self, who, real, seen):
         """Pearson's r with the real cell (frames, n rows) of every measurement, and the share over 0.5, undefined r among it."""
@@ -734,9 +721,8 @@ class Report:
     def add_survived(self, table):
         """The medians of a feature_table, and its share over 0.5 without what is relative to the cell's own maximum."""
         n = table["n"].max()
-        for name in ("r", "spearman", "r within treatments", "r of generated with input",
-                     "r of real with input"):
-            self.add("generated", f"median {name}", n, "measurements", table[name].median())
+        for name, r in table.loc[:, "r":"r of real with input"].median().items():
+            self.add("generated", f"median {name}", n, "measurements", r)
         absolute = table["r"][~table["relative"]]
         self.add("generated", "share r > 0.5, none relative", n, "measurements", (absolute > 0.5).mean())
 
@@ -786,12 +772,12 @@ class Report:
 def judge(G, D, folder, rows, seed, device, net=None):
     """Everything about one generator on the cells `rows` (see choose_cells): a Report. `net`: load_inception, for FID."""
     report = Report(seed)
-    names, draw = contestants(G, folder, rows, seed, device)
+    names, draw, sample = contestants(G, folder, rows, seed, device)
     half = len(rows) // 2                               # the reference; the other half is judged against it
     cells = folder.cells[WELL_COLUMNS].iloc[rows].reset_index(drop=True)
     given = pd.DataFrame(folder.measurements(rows).numpy(), columns=folder.features)
     try:
-        sample = data.measurements(draw("training sample", slice(None)), folder.channels, device=device)
+        sample = data.measurements(sample, folder.channels, device=device)
         space = CPSpace(sample.dropna(how="all"), max(1, min(30, half // 20)))
     except InputError as error:
         space = None
@@ -809,11 +795,11 @@ def judge(G, D, folder, rows, seed, device, net=None):
         if not space:
             continue
         seen = measure_pictures(draw, who, len(rows), folder.channels, device).astype(np.float32)
-        found = seen.notna().any(axis=1)
-        report.add_mean(who, "nucleus found", found.to_numpy(float), "measurements")
+        found = seen.notna().any(axis=1).to_numpy(float)
+        report.add_mean(who, "nucleus found", found, "measurements")
         if who == "real":
             real = seen
-            reference = space(seen[:half][found[:half]])
+            reference = space(seen[:half].dropna(how="all"))
         if not is_free:
             report.add_correlations(who, real, seen)
         if who == "generated" and not is_free:
@@ -821,11 +807,10 @@ def judge(G, D, folder, rows, seed, device, net=None):
             report.add_survived(table)
             best = table.index[:6]
             report.survived = table, real[best], seen[best]
-        second = seen[half:2 * half]
-        judged[who] = space(second[found[half:2 * half]])
-        seen = seen[found]
-        usual = seen.columns[seen.notna().mean() >= 0.95]       # some measurements are never defined
-        report.add_wells(who, well_profiles(cells[found], seen[usual]))
+        judged[who] = space(seen[half:2 * half].dropna(how="all"))
+        seen = seen.dropna(how="all")
+        usual = seen.loc[:, seen.notna().mean() >= 0.95]        # some measurements are never defined
+        report.add_wells(who, well_profiles(cells.loc[seen.index], usual))
     report.add_wells("input CP vectors", well_profiles(cells, given))
     if G.takes != "features":
         latent = represented(G, D, folder, rows, device)
@@ -905,7 +890,7 @@ def write_results(out, report, about):
         write_csv(out / "features.csv", table)
         about["claims of the paper"], medians = claims(table)
         about["median r"] = {group: rounded(r) for group, r in medians.items()}
-    write_json(out / "metrics.json", {"about": about, "absent": report.absent, "results": results})
+    write_json(out / "metrics.json", dict(about=about, absent=report.absent, results=results))
     table = report.table().assign(split=about["split"], seed=about["seed"])
     write_csv(out / "metrics.csv", table, index=False)
     if report.treatments:
@@ -916,7 +901,7 @@ def verdict(wide):
     """One plain sentence about a generator; `wide`: values, a row a quantity and a column a contestant."""
     if np.isnan(wide["generated"]["pixel loss"]):
         return "draws free samples, of no particular cell: see the distances and NSC"
-    paired = wide[(wide.index == "pixel loss") | wide.index.str.startswith("r ")]
+    paired = wide.filter(regex="^(pixel loss$|r )", axis=0)
     ahead = paired["generated"] - paired["nearest training cell"]
     ahead["pixel loss"] *= -1
     won = (ahead > 0).sum()
@@ -985,7 +970,7 @@ def draw_grid(out, folder, rows, runs, seed, device):
     picture = data.tile([data.composite(x) for x in pictures.values()])
     data.write(out / "grid.png", Image.fromarray(picture).save)
     cells = folder.cells["cell"].iloc[rows]
-    write_json(out / "grid.json", {"rows": list(pictures), "cells": list(cells)})
+    write_json(out / "grid.json", dict(rows=list(pictures), cells=list(cells)))
 
 
 def mean_and_sd(values):
@@ -1029,9 +1014,9 @@ def open_run(folder, path, device):
     if checkpoint.is_dir():
         checkpoint = checkpoint / "last.pt"
     G = model.load(checkpoint, device)
-    if G.features != folder.features or G.identity != folder.identity:
-        raise InputError(f"{checkpoint}: was trained on another prepared folder than {folder.path} (other features "
-                         "or checksums); give the --data of that run")
+    if G.identity != folder.identity:
+        raise InputError(f"{checkpoint}: was trained on another prepared folder than {folder.path}; "
+                         "give the --data of that run")
     G.checkpoint = checkpoint
     G.settings = model.read_checkpoint(checkpoint)["settings"]
     G.name = re.sub(r"-seed\d+$", "", checkpoint.resolve().parent.name)
@@ -1057,39 +1042,33 @@ def score_table(path, image_csv, moa, normalise, seed, out):
 
 
 def parse(argv):
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", metavar="DIR", help="prepared folder (prepare_bbbc021.py --out)")
+    add("--data", help="prepared folder (prepare_bbbc021.py --out)")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", metavar="RUN",
-                      help="a run's folder (its last.pt is used) or a checkpoint file, RUN/best.pt")
-    what.add_argument("--runs", metavar="RUN", nargs="+",
+    what.add_argument("--run", help="a run's folder (its last.pt is used) or a checkpoint file, RUN/best.pt")
+    what.add_argument("--runs", nargs="+",
                       help="runs named <model>-seed<n>: mean ± sd over seeds, models side by side")
-    what.add_argument("--profiles", metavar="TABLE",
-                      help="score a CSV of well profiles instead; needs no run")
+    what.add_argument("--profiles", help="score a CSV of well profiles instead; needs no run")
     add("--split", default="test", choices=["train", "val", "test"],
         help="which cells are judged (default test)")
-    add("--out", metavar="DIR", help="where the results go (default RUN/eval; needed with --runs)")
+    add("--out", help="where the results go (default RUN/eval; needed with --runs)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one)")
     add("--seed", type=data.seed, default=0,
         help="of the reference half, the shown cells, the subsets and the intervals (default 0)")
-    add("--n", type=int, default=10_000, metavar="CELLS",
+    add("--n", type=int, default=10_000,
         help="cells a side, reference and judged (default 10000, or half of the split)")
-    add("--inception", metavar="FILE",
-        help=f"FID and KID too, by these weights: {INCEPTION_URL}")
-    add("--grid", type=int, default=13, metavar="N",
+    add("--inception", help=f"FID and KID too, by the weights in this file: {INCEPTION_URL}")
+    add("--grid", type=int, default=13,
         help="cells in grid.png, originals above one row a model (default 13)")
-    add("--image-csv", metavar="FILE",
-        help="with --profiles: BBBC021_v1_image.csv, which compound each well has")
-    add("--moa", metavar="FILE",
-        help="with --profiles: BBBC021_v1_moa.csv, the mechanism of each treatment")
+    add("--image-csv", help="with --profiles: BBBC021_v1_image.csv, which compound each well has")
+    add("--moa", help="with --profiles: BBBC021_v1_moa.csv, the mechanism of each treatment")
     add("--normalise", choices=["z", "percentile", "mad", "none"], default="z",
         help="with --profiles: plates, by DMSO wells (default z)")
     args = parser.parse_args(argv)
     if not args.profiles and not args.data or args.runs and not args.out:
         parser.error("--run and --runs need --data DIR, --runs also --out DIR")
-    if args.n < 1 or args.grid < 1:
+    if min(args.n, args.grid) < 1:
         parser.error(f"--n {args.n}, --grid {args.grid}: expected 1 or more")
     return args
 

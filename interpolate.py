@@ -36,7 +36,7 @@ AREA = FIG4C[0]  # what walks and latents report of their pictures
 BLOCK = 50  # dimensions replaced at once in Fig 5a (paper)
 # --edit: what happens to the measurements that an edit does not name (Cells.edit), in words
 OTHERS = {"hold": "held", "conditional": "moved to their conditional mean"}
-OFFSETS = np.arange(-3.0, 4.0)  # sd, the moves of controllability
+OFFSETS = np.arange(-3.0, 4.0)  # sd, the moves of controllability, 0 among them
 REFERENCE = 20_000  # training cells at most that stand for the data: bounds the memory
 NOISE, FRESH = 500, 2_000  # noise vectors that serve as a GAN's cells, and more that stand for its data
 GROUP = 200  # cells at most of a concentration in Fig 5b: DMSO would be most of the principal axes
@@ -51,32 +51,6 @@ EXTRACTOR = "data.segment and measure"
 
 # ------------------------------------------------------------------------------------------------------------
 # Edits of measurements: raw (n, F) in CellProfiler's units, or f (n, F) in standard deviations
-
-
-def find_features(pattern, features, dropped):
-    """The places (g,) of a feature, or of a group by a pattern like 'Nuclei_Texture_*'.
-    InputError: it was dropped in preparation (`dropped`: {name: reason}), or is unknown (with the nearest names)."""
-    places = [j for j, name in enumerate(features) if fnmatch.fnmatchcase(name, pattern)]
-    if pattern in dropped:
-        raise InputError(f"--feature {pattern}: was left out in preparation ({dropped[pattern]})")
-    if not places:
-        near = difflib.get_close_matches(pattern, features, 5, 0.3)
-        raise InputError(f"--feature {pattern}: not a feature of this model; nearest: {near}")
-    return places
-
-
-def edit_values(known, own, scale, low, high, steps):
-    """What a sweep asks for: levels (steps,), their unit, and raw values (steps, g) of g features moved together. One feature: "raw", in
-    CellProfiler's unit, from the 1st to the 99th percentile of `known` (N, 1). A group: "sd", in `scale` (g,) from the cell's `own` (g,)
-    values, from -3 to 3. low, high: other ends."""
-    unit, ends = "sd", (-3, 3)
-    if len(own) == 1:
-        unit, ends = "raw", np.quantile(known, [0.01, 0.99])
-        own, scale = 0, 1  # the levels are the values
-    low = ends[0] if low is None else low
-    high = ends[1] if high is None else high
-    levels = np.linspace(low, high, steps)
-    return levels, unit, own + levels[:, None] * scale
 
 
 def edited(raw, places, values, scale, angle, covariance=None):
@@ -106,18 +80,17 @@ def replaced(a, b, block=BLOCK):
     return order, np.where(rank < done[:, None], b, a)
 
 
-def line(a, b, steps):
-    """Points (steps, F) on the line from a to b (F,), ends included: CP vectors, encodings or noise vectors."""
-    t = np.linspace(0, 1, steps)[:, None]
-    return a * (1 - t) + b * t
+def line(a, b, t):
+    """Points (n, F) at t (n,), 0 to 1, on the line from a to b (F,): CP vectors, encodings or noise vectors."""
+    return np.outer(1 - t, a) + np.outer(t, b)
 
 
-def rank_latents(z, steps=9, reach=2):
-    """Of latent vectors z (n, F): mean |z| (F,), the dimensions by it (F,), ties to the lower, and the values (F, steps) of a
-    walk along each, from -reach to reach of its sd (ddof 0) about 0. Source: Donovan-Maiye et al. 2022."""
+def rank_latents(z):
+    """Of latent vectors z (n, F): mean |z| (F,), the dimensions by it (F,), ties to the lower, and the values (F, 9) of a
+    walk along each, from -2 to 2 of its sd (ddof 0) about 0. Source: Donovan-Maiye et al. 2022."""
     size = np.abs(z).mean(0)
     order = np.argsort(-size, kind="stable")
-    return size, order, z.std(0)[:, None] * np.linspace(-reach, reach, steps)
+    return size, order, np.outer(z.std(0), np.linspace(-2, 2, 9))
 
 
 def cosine(a, b):
@@ -135,12 +108,13 @@ def representative(f):
     return int(distance.argmin()), float(distance.min())
 
 
-def principal_axes(f, k=2):
-    """Mean (F,) and first k principal axes (k, F) of f (n, F); each axis' largest loading is positive."""
+def principal_axes(f):
+    """Mean (F,) and first two principal axes (2, F) of f (n, F); each axis' largest loading is positive."""
     mean = f.mean(0)
-    axes = np.linalg.svd(f - mean, full_matrices=False)[2][:k]
-    largest = np.abs(axes).argmax(1)
-    return mean, axes * np.sign(axes[np.arange(k), largest])[:, None]
+    axes = np.linalg.svd(f - mean, full_matrices=False)[2][:2]
+    for axis in axes:
+        axis *= np.sign(axis[np.abs(axis).argmax()])
+    return mean, axes
 
 
 def silhouettes(f, group):
@@ -225,25 +199,17 @@ def outside(percentile):
 # Measured again
 
 
-def depends_on_brightness(full, half):
-    """Which measurements (F,) bool move when pictures are drawn at half their brightness: what cell-max cannot express.
-    full, half (n, F): measured in the pictures, and in the same at half the brightness."""
-    full = np.ma.masked_invalid(full)
-    moved = np.ma.masked_invalid(half - full)
-    share = (np.abs(moved) > ALIKE * full.std(0)).mean(0)  # of the cells
-    return share.filled(0) > 0.5
 
-
-def obedience(asked, got, offsets, features, scale, j, follow=0, seed=0):
-    """How the pictures obey an edit of feature j. asked, got (K, n, F): raw vectors of n cells moved by `offsets` (K,) sd, a 0 among
-    them, and what was measured again, NaN where nothing; scale (F,) one sd of each, NaN where that is another unit -> a record (dict).
+def obedience(asked, got, features, scale, j, follow=0, seed=0):
+    """How the pictures obey an edit of feature j. asked, got (K, n, F): raw vectors of n cells moved by OFFSETS (K,) sd, and what was
+    measured again, NaN where nothing; scale (F,) one sd of each, NaN where that is another unit -> a record (dict).
     slope: realised per requested sd, least squares in each cell, mean over the n cells that have one, with a 95 % bootstrap interval;
     error: median |got - asked| in sd; offset: median of got - asked, which a slope does not show; off target: mean |slope| of the other
     features beyond `follow` (F,), what the edit asked of them. Where feature j was not measured all but the last are absent."""
     angle = is_angle(features)
     got = np.where(angle, np.unwrap(got, period=180, axis=0), got)
     seen = np.ma.masked_invalid(got)
-    x = offsets[:, None, None] + 0 * seen  # masked as seen is
+    x = OFFSETS[:, None, None] + 0 * seen  # masked as seen is
     x = x - x.mean(0)  # each cell about its own mean
     slopes = (x * seen).sum(0) / (x * x).sum(0) / scale  # (n, F)
     astray = np.abs(slopes.mean(0) - follow).filled(np.nan)
@@ -257,8 +223,8 @@ def obedience(asked, got, offsets, features, scale, j, follow=0, seed=0):
         miss = wrap(miss)
     record["error"] = np.nanmedian(np.abs(miss)) / scale[j]
     record["offset"] = np.nanmedian(miss) / scale[j]
-    moved = got[:, :, j] - got[offsets == 0, :, j]
-    pairs = pd.DataFrame({"asked": offsets.repeat(got.shape[1]), "moved": moved.ravel()})
+    moved = got[:, :, j] - got[OFFSETS == 0, :, j]
+    pairs = pd.DataFrame(dict(asked=OFFSETS.repeat(got.shape[1]), moved=moved.ravel()))
     record["spearman"] = pairs.corr("spearman").loc["asked", "moved"]
     return record
 
@@ -281,26 +247,6 @@ def feature_groups(features, channels):
     return groups
 
 
-def permutation(f, x, groups, paint, seed=0):
-    """How much the pixel loss of each channel rises when one group of features is permuted between cells.
-    f (n, F), x (n, C, H, W) real cells in 0..1, paint(f) -> pictures. Yields for each group its name, the rise (C,) = loss permuted /
-    loss - 1, and the low and high end (C,) of its 95 % bootstrap interval over cells."""
-    n = len(f)
-    random = np.random.default_rng(seed)
-    weights = random.multinomial(n, np.full(n, 1 / n), 500)  # (500, n)
-
-    def loss(f):
-        return np.asarray((x - paint(f)).square().mean((2, 3)), np.float64)  # (n, C)
-
-    base = loss(f)
-    for name, places in groups.items():
-        mixed = f.copy()
-        mixed[:, places] = f[random.permutation(n)][:, places]
-        worse = loss(mixed)
-        rise = worse.sum(0) / base.sum(0) - 1
-        draws = weights @ worse / (weights @ base) - 1  # (500, C)
-        yield name, rise, *np.percentile(draws, [2.5, 97.5], axis=0)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # The cells that edits start from, the generator that draws them, and the engine that measures its pictures
@@ -321,14 +267,32 @@ class Cells:
         self.features = G.features
         self.centre = G.centre.numpy()
         self.scale = G.scale.numpy()
+        self.area = [j for j, name in enumerate(G.features) if name == AREA]
         if folder:
             self.dropped = folder.meta["dropped"]
             self.table = folder.cells
-            self.train = pick_some(folder.rows("train"), None, REFERENCE, seed)
+            self.train = self.pick(folder.rows("train"), REFERENCE)
             if split == "all":
                 self.rows = np.flatnonzero(self.table["split"] != "reference")
             else:
                 self.rows = folder.rows(split)
+
+    def pick(self, rows, most, n=None):
+        """n of the rows (None: all, `most` at most), by the seed; InputError if there are fewer."""
+        if n and n > len(rows):
+            raise InputError(f"--n {n}: too few cells, there are {len(rows)}")
+        return np.sort(np.random.default_rng(self.seed).permutation(rows)[:n or most])
+
+    def places(self, pattern):
+        """The places (g,) of a feature, or of a group by a pattern like 'Nuclei_Texture_*'.
+        InputError: it was dropped in preparation, or is unknown (with the nearest names)."""
+        if pattern in self.dropped:
+            raise InputError(f"--feature {pattern}: was left out in preparation ({self.dropped[pattern]})")
+        places = [j for j, name in enumerate(self.features) if fnmatch.fnmatchcase(name, pattern)]
+        if not places:
+            near = difflib.get_close_matches(pattern, self.features, 5, 0.3)
+            raise InputError(f"--feature {pattern}: not a feature of this model; nearest: {near}")
+        return places
 
     def raw(self, rows):
         return np.array(self.folder.raw[rows], np.float64)
@@ -359,11 +323,8 @@ class Cells:
     def paint(self, f):
         """Pictures (n, C, S, S) of f (n, F)."""
         draw = self.G if self.G.takes == "features" else self.G.decode
-        parts = []
-        for part in torch.tensor(f).float().split(256):
-            x = draw(part.to(self.G.device))
-            parts.append(x.clamp(0, 1).cpu())
-        return torch.cat(parts)
+        parts = [draw(part.to(self.G.device)).cpu() for part in torch.tensor(f).float().split(256)]
+        return torch.cat(parts).clamp(0, 1)
 
     def look(self, x):
         """What CellProfiler would measure in pictures (n, F); NaN: no nucleus found, or not a measurement of pictures."""
@@ -372,13 +333,16 @@ class Cells:
 
     @functools.cached_property
     def relative(self):
-        """Which features (F,) bool such pictures cannot express in the unit of raw: with cell-max what is relative to a cell's own
-        maximum; with plate-dmso everything, as a drawn cell has no plate whose DMSO would be its unit."""
+        """Which features (F,) bool such pictures cannot express in the unit of raw: with cell-max what moves when pictures are drawn
+        at half their brightness; with plate-dmso everything, as a drawn cell has no plate whose DMSO would be its unit."""
         dmso = self.G.normalise == "plate-dmso"
         if dmso or self.G.image_norm != "cell-max":
             return np.full(len(self.features), dmso)
         x = self.paint(self.f(self.train[:32]))
-        return depends_on_brightness(self.look(x), self.look(x / 2))
+        full = np.ma.masked_invalid(self.look(x))
+        moved = np.ma.masked_invalid(self.look(x / 2) - full)
+        share = (np.abs(moved) > ALIKE * full.std(0)).mean(0)  # of the cells
+        return share.filled(0) > 0.5
 
     @functools.cached_property
     def unit(self):
@@ -410,8 +374,8 @@ class Cells:
     def group(self, name):
         """The rows of a mechanism, compound or treatment; InputError with the list if it has under 3 cells."""
         table = self.table.iloc[self.rows]
-        kinds = table["moa"], table["compound"], data.treatment_names(table)
-        found = max((self.rows[kind == name] for kind in kinds), key=len)
+        table = table[["moa", "compound"]].assign(treatment=data.treatment_names(table))
+        found = self.rows[(table == name).any(axis=1)]
         if len(found) < 3:
             known = sorted({*table["moa"], *table["compound"]})
             raise InputError(f"{name}: {len(found)} cells, 3 are needed; --split all has most; there are {known}")
@@ -446,11 +410,8 @@ class EncodedCells(Cells):
     """The cells of a prepared folder in the latent space of a VAE: f are the encoder's means."""
 
     def f(self, rows):
-        means = []
-        for part in torch.tensor(rows).split(256):
-            x = self.pictures(part.numpy())
-            mean, _ = self.G.encode(x.to(self.G.device))
-            means.append(mean.cpu())
+        parts = (self.pictures(part.numpy()) for part in torch.tensor(rows).split(256))  # one at a time
+        means = [self.G.encode(x.to(self.G.device))[0].cpu() for x in parts]
         return torch.cat(means).double().numpy()
 
 
@@ -474,12 +435,6 @@ class NoiseCells(Cells):
     def raw(self, rows):
         return self.look(self.paint(self.noise[rows]))
 
-
-def pick_some(rows, n, most, seed):
-    """n of the rows (None: all, `most` at most), by the seed; InputError if there are fewer."""
-    if n and n > len(rows):
-        raise InputError(f"--n {n}: too few cells, there are {len(rows)}")
-    return np.sort(np.random.default_rng(seed).permutation(rows)[:n or most])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -506,15 +461,14 @@ class Result:
         seen = cells.look(x)
         far = cells.reference.how_far(f)
         self.outside += (far > 99).sum()
-        table = pd.DataFrame({"row": name, "asked": heads} | columns)
+        table = pd.DataFrame(dict(row=name, asked=heads, **columns))
         table["outside percentile"] = far
         table["nearest"] = cells.reference.nearest(f)
         for j in watch:
             table[f"measured {cells.features[j]}"] = seen[:, j]
         self.records += table.to_dict("records")
-        words = []
-        for head, values, percentile in zip(heads, seen, far):
-            words.append([head, *cells.readings(values, watch), outside(percentile)])
+        words = [[head, *cells.readings(values, watch), outside(percentile)]
+                 for head, values, percentile in zip(heads, seen, far)]
         if cells.has_pictures and len(ends):
             real = cells.pictures(ends)
             said = [["real cell", *cells.readings(values, watch)] for values in cells.look(real)]
@@ -533,8 +487,7 @@ class Result:
         content = {"about": about, "records": json.loads(table.to_json(orient="records"))}  # 10 decimals
         data.write(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
         if self.rows:
-            picture = strip(self.rows, self.title)
-            data.write(path.with_suffix(".png"), functools.partial(picture.save, format="PNG"))
+            data.write(path.with_suffix(".png"), strip(self.rows, self.title).save)
         if self.chart:
             draw_chart(path.with_name(path.name + "_chart.png"), self.chart)
         return path
@@ -551,8 +504,7 @@ def strip(rows, title):
     draw = ImageDraw.Draw(picture)
     draw.font = ImageFont.load_default(11)
     draw.text((4, 3), title, "black")
-    for k, (name, x, words) in enumerate(rows):
-        top = 20 + k * height
+    for top, (name, x, words) in zip(range(20, picture.height, height), rows):
         draw.text((4, top + 3), name, "black")
         body = data.tile([data.composite(x)], zoom)
         picture.paste(Image.fromarray(body), (0, top + 20))
@@ -567,10 +519,9 @@ def draw_chart(path, draw):
     """The picture that draw(axes) makes, as a PNG. It is optional: whatever stops matplotlib costs one line."""
     try:
         from matplotlib.figure import Figure
-        figure = Figure((10, 9), layout="constrained")
+        figure = Figure((10, 9), dpi=90, layout="constrained")
         draw(figure.subplots())
-        save = functools.partial(figure.savefig, format="png", dpi=90, metadata={"Software": None})
-        data.write(path, save)
+        data.write(path, figure.savefig)
     except Exception as error:
         print(f"{path.name} not drawn by matplotlib ({error!r:.90}); the numbers are complete")
 
@@ -589,7 +540,9 @@ def bars(axes, records, names, key):
 
 
 def sweep(cells, feature, low=None, high=None, steps=7, edit="hold", cell=None):
-    """Fig 4c for any features or groups: a row each from low to high, the others held or moved to their conditional mean."""
+    """Fig 4c for any features or groups: a row each from low to high, the others held or moved to their conditional mean. A feature
+    moves in CellProfiler's unit, from the 1st to the 99th percentile of the training cells; those of a group together, in sd from the
+    cell's own values, from -3 to 3."""
     row = cells.find(cell)
     own = cells.raw([row])  # (1, F)
     known = cells.raw(cells.train)
@@ -598,18 +551,24 @@ def sweep(cells, feature, low=None, high=None, steps=7, edit="hold", cell=None):
     result = Result(f"sweep_{edit}_{what}", f"Cell {name}, one measurement changed, all others {OTHERS[edit]}",
                     cell=name, edit=edit)
     for pattern in feature:
-        places = find_features(pattern, cells.features, cells.dropped)
-        levels, unit, values = edit_values(known[:, places], own[0, places], cells.scale[places],
-                                           low, high, steps)
-        values = np.concatenate([own[:, places], values])  # (1 + steps, g)
-        wanted = cells.edit(own.repeat(len(values), 0), places, values, edit)
-        f = cells.standardise(wanted)
-        clipped = (np.abs(f) >= model.CLIP).any(1)
-        if clipped.any():
-            print(f"warning: {pattern}: {clipped.sum()} vectors reach {model.CLIP:.0f} sd, where G's input is clipped")
+        places = cells.places(pattern)
+        title = cells.features[places[0]]
+        if len(places) == 1:
+            unit, ends = "raw", np.quantile(known[:, places], [0.01, 0.99])
+            origin, step = 0, 1  # the levels are the values
+        else:
+            unit, ends = "sd", (-3, 3)
+            origin, step = own[:, places], cells.scale[places]
+            title = f"{pattern} (own and measured: {title})"
+        first = ends[0] if low is None else low
+        last = ends[1] if high is None else high
+        levels = np.linspace(first, last, steps)
+        values = np.concatenate([own[:, places], origin + levels[:, None] * step])  # (1 + steps, g)
+        f = cells.standardise(cells.edit(own.repeat(len(values), 0), places, values, edit))
+        clipped = (np.abs(f) >= model.CLIP).any(1).sum()
+        if clipped:
+            print(f"warning: {pattern}: {clipped} vectors reach {model.CLIP:.0f} sd, where G's input is clipped")
         heads = [f"own {values[0, 0]:.4g}"] + [f"asked {level:.4g} {unit}" for level in levels]
-        first = cells.features[places[0]]
-        title = pattern if pattern == first else f"{pattern} (own and measured: {first})"
         result.draw(cells, title, f, heads, places[:1], [row],
                     unit=unit, level=[np.nan, *levels], requested=values[:, 0])
     return result
@@ -637,23 +596,24 @@ def moa(cells, target=None, block=BLOCK):
     return result
 
 
-def dose(cells, compound="latrunculin B", steps=5):
+def dose(cells, compound="latrunculin B"):
     """Fig 5b, c: principal axes and silhouettes of the CP vectors of DMSO and of a compound's concentrations; real
     cells of each; cells generated on the line from the mean of DMSO to that of the highest concentration, in the full space."""
     doses = sorted(set(cells.table["concentration"].iloc[cells.group(compound)]))
     names = [data.SOLVENT] + [f"{compound} {dose:g}" for dose in doses]
-    rows = [pick_some(cells.group(name), None, GROUP, cells.seed) for name in names]
+    rows = [cells.pick(cells.group(name), GROUP) for name in names]
     f = [cells.f(r) for r in rows]
     every = np.concatenate(f)
     label = np.repeat(names, [len(r) for r in rows])
-    points = line(f[0].mean(0), f[-1].mean(0), steps)
+    t = np.linspace(0, 1, 5)
+    points = line(f[0].mean(0), f[-1].mean(0), t)
     mean, axes = principal_axes(every)
     plane = (every - mean) @ axes.T  # (n, 2)
     track = (points - mean) @ axes.T
 
     result = Result(f"dose_{compound}", f"From DMSO to {names[-1]} uM", n=len(every))
     middle = [cells.middle(r) for r in rows]
-    heads = [f"at {t:.2f}" for t in np.linspace(0, 1, steps)]
+    heads = [f"at {v:.2f}" for v in t]
     result.draw(cells, f"from mean to mean; real cells: {', '.join(names)}", points, heads, (), middle,
                 pc1=track[:, 0], pc2=track[:, 1])
     for space, vectors in (("all measurements", every), ("the plane", plane)):
@@ -676,20 +636,16 @@ def walk(cells, ends):
     t = np.linspace(0, 1, 9)
     result = Result("walk_" + "_".join(ends), " to ".join(ends), cells=ends)
     heads = [f"at {v:.2f}" for v in t]
-    result.draw(cells, f"measured: {AREA}", line(*cells.f(rows), len(t)), heads, watched(cells), rows, t=t)
+    result.draw(cells, f"measured: {AREA}", line(*cells.f(rows), t), heads, cells.area, rows, t=t)
     return result
 
-
-def watched(cells):
-    """The feature whose measured value stands under walks, if the model knows it."""
-    return [j for j, name in enumerate(cells.features) if name == AREA]
 
 
 def algebra(cells, feature=AREA):
     """CytoGAN's arithmetic on CP vectors, encodings or noise vectors: mean of three cells with a high value - mean of three with a low
     one + mean of three others, measured again. High and low: the top and bottom tenth of the cells that have a value; others: the middle
     fifth. What is asked for: the same sum of the cells' values."""
-    j, *more = find_features(feature, cells.features, cells.dropped)
+    j, *more = cells.places(feature)
     if more or cells.relative[j]:
         raise InputError(f"--feature {feature}: expected one feature, that pictures express in its own unit")
     values = cells.raw(cells.rows)[:, j]
@@ -716,28 +672,28 @@ def algebra(cells, feature=AREA):
     return result
 
 
-def controllability(cells, feature=None, n=16, edit="hold"):
+def controllability(cells, feature=("*",), n=16, edit="hold"):
     """For each feature, or those of `feature`: moved by -3..3 sd in n cells, drawn, and measured again. Ceiling: correlation of real cells
     measured again with the table."""
     places = {}
-    for pattern in feature or ["*"]:
-        places |= dict.fromkeys(find_features(pattern, cells.features, cells.dropped))
-    some = pick_some(cells.rows, None, 200, cells.seed)
+    for pattern in feature:
+        places |= dict.fromkeys(cells.places(pattern))
+    some = cells.pick(cells.rows, 200)
     real = pd.DataFrame(cells.look(cells.pictures(some)))  # (200, F)
     ceiling = real.corrwith(pd.DataFrame(cells.raw(some)))  # (F,)
-    raw = cells.raw(pick_some(cells.rows, n, n, cells.seed))  # (n, F)
+    raw = cells.raw(cells.pick(cells.rows, n, n))  # (n, F)
     follow = 0
     result = Result(f"controllability_{edit}", f"controllability, others {OTHERS[edit]}", n=n, edit=edit)
     begun = time.time()
     for done, j in enumerate(places, 1):
         moved = [cells.edit(raw, [j], raw[:, [j]] + k * cells.scale[j], edit) for k in OFFSETS]
-        asked = np.stack(moved)  # (7, n, F)
-        f = cells.standardise(np.concatenate(moved))  # (7 n, F)
+        asked = np.array(moved)  # (7, n, F)
+        f = cells.standardise(np.concatenate(asked))  # (7 n, F)
         got = cells.look(cells.paint(f)).reshape(asked.shape)
         far = cells.reference.how_far(f).reshape(-1, n)  # (7, n)
         if edit == "conditional":
             follow = cells.reference.covariance[j] / cells.reference.covariance[j, j]
-        record = obedience(asked, got, OFFSETS, cells.features, cells.unit, j, follow, cells.seed)
+        record = obedience(asked, got, cells.features, cells.unit, j, follow, cells.seed)
         if cells.relative[j]:
             record["status"] = "relative"  # the pictures express it in another unit
         record["outside percentile at 1 sd"] = np.median(far[[2, 4]])  # -1 and 1 sd
@@ -750,15 +706,32 @@ def controllability(cells, feature=None, n=16, edit="hold"):
 
 
 def coupling(cells, n=None):
-    """How much the pixel loss of each channel rises when a group of measurements is permuted between n cells."""
-    rows = pick_some(cells.rows, n, 500, cells.seed)
-    channels = cells.G.channels
-    groups = feature_groups(cells.features, channels)
-    result = Result("coupling", "coupling", n=len(rows))
+    """How much the pixel loss of each channel rises when one group of measurements is permuted between n cells: loss permuted / loss - 1,
+    and its 95 % bootstrap interval over cells."""
+    rows = cells.pick(cells.rows, 500, n)
+    n = len(rows)
     f, x = cells.f(rows), cells.pictures(rows)
-    for name, rise, low, high in permutation(f, x, groups, cells.paint, cells.seed):
-        columns = {"group": name, "features": len(groups[name]), "channel": channels}
-        table = pd.DataFrame(columns | {"rise": rise, "low": low, "high": high})
+    random = np.random.default_rng(cells.seed)
+    weights = random.multinomial(n, np.full(n, 1 / n), 500)  # (500, n)
+
+    def loss(f):
+        return np.asarray((x - cells.paint(f)).square().mean((2, 3)), np.float64)  # (n, C)
+
+    base = loss(f)
+    result = Result("coupling", "coupling", n=n)
+    for name, places in feature_groups(cells.features, cells.G.channels).items():
+        mixed = f.copy()
+        mixed[:, places] = f[random.permutation(n)][:, places]
+        worse = loss(mixed)
+        low, high = np.percentile(weights @ worse / (weights @ base) - 1, [2.5, 97.5], axis=0)
+        table = pd.DataFrame(dict(
+            group=name,
+            features=len(places),
+            channel=cells.G.channels,
+            rise=worse.sum(0) / base.sum(0) - 1,
+            low=low,
+            high=high,
+        ))
         result.records += table.to_dict("records")
     result.chart = functools.partial(bars, records=result.records, names=["group", "channel"], key="rise")
     return result
@@ -775,7 +748,7 @@ def latents(cells):
         z[:, d] = values[d]
         heads = [f"at {v:.3g}" for v in values[d]]
         name = f"dimension {d}; measured: {AREA}"
-        result.draw(cells, name, z, heads, watched(cells),
+        result.draw(cells, name, z, heads, cells.area,
                     value=values[d], dimension=d, mean_size=size[d])
     return result
 
@@ -890,18 +863,18 @@ def page(result, channels, others, source):
     sprite = io.BytesIO()
     tiles = data.tile([data.composite(x) for _, x, _ in result.rows], 1, 0)
     Image.fromarray(tiles).save(sprite, "PNG")
-    content = {
-        "side": result.rows[0][1].shape[3],
-        "channels": channels,
-        "rows": [[name, words] for name, _, words in result.rows],
-        "sprite": base64.b64encode(sprite.getvalue()).decode(),
-    }
-    return PAGE_HTML % {
-        "title": html.escape(result.title),
-        "others": others,
-        "source": source,
-        "content": json.dumps(content).replace("</", "<\\/"),
-    }
+    content = dict(
+        side=result.rows[0][1].shape[3],
+        channels=channels,
+        rows=[[name, words] for name, _, words in result.rows],
+        sprite=base64.b64encode(sprite.getvalue()).decode(),
+    )
+    return PAGE_HTML % dict(
+        title=html.escape(result.title),
+        others=others,
+        source=source,
+        content=json.dumps(content).replace("</", "<\\/"),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -928,8 +901,7 @@ def parse(argv):
         one = commands.add_parser(figure.__name__, help=what)
         one.set_defaults(figure=figure, table=None, html=None)
         add = one.add_argument
-        add("--data", required=figure is not sweep,
-            help="prepared folder (prepare_bbbc021.py --out)")
+        add("--data", help="prepared folder (prepare_bbbc021.py --out)")
         add("--run", required=True,
             help="a run's folder (its last.pt) or a checkpoint, RUN/best.pt")
         add("--split", default="test", choices=["train", "val", "test", "all"],
@@ -982,7 +954,7 @@ def parse(argv):
         help="what is high and low (default Nuclei_AreaShape_Area)")
 
     add = command(controllability, "for each feature: asked -3..3 sd against measured again")
-    add("--feature", nargs="+",
+    add("--feature", nargs="+", default=["*"],
         help="names or patterns (default: every feature; 7 n pictures each)")
     add("--n", type=count, default=16,
         help="cells (default 16)")
@@ -997,7 +969,7 @@ def parse(argv):
 
     args = parser.parse_args(argv)
     if not args.data and not args.table:
-        parser.error("sweep needs --data DIR, or --table FILE")
+        parser.error("expected --data DIR, or of a sweep --table FILE")
     return args
 
 
@@ -1025,18 +997,18 @@ def main(argv=None):
 
     options = {name: value for name, value in vars(args).items() if name not in SHARED}
     result = args.figure(cells, **options)
-    about = {
-        "command": args.command,
-        "data": args.data,
-        "table": args.table,
-        "checkpoint": str(checkpoint),
-        "model": G.model,
-        "step": G.step,
-        "split": cells.split,
-        "seed": args.seed,
-        "known cells": len(cells.reference.ranked),
-        "Ledoit-Wolf shrinkage": cells.reference.shrinkage,
-    }
+    about = dict(
+        command=args.command,
+        data=args.data,
+        table=args.table,
+        checkpoint=str(checkpoint),
+        model=G.model,
+        step=G.step,
+        split=cells.split,
+        seed=args.seed,
+    )
+    about["known cells"] = len(cells.reference.ranked)
+    about["Ledoit-Wolf shrinkage"] = cells.reference.shrinkage
     path = result.write(Path(args.out or checkpoint.parent / "interpolate"), about | result.about)
     if args.html:
         shown = sweep(cells, **options | {"steps": STOPS})

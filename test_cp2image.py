@@ -18,7 +18,6 @@ import argparse
 import base64
 import copy
 import ctypes
-import hashlib
 import io
 import json
 import multiprocessing
@@ -2380,9 +2379,8 @@ def test_inception_golden_features():
 def test_load_inception_takes_only_the_right_file(tmp_path, monkeypatch):
     path, net = tmp_path / "weights.pth", evaluate.Inception()
     torch.save(net.state_dict(), path)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    refuses(f"its SHA-256 is {sha256}.*6726825d.*https", evaluate.load_inception, path)
-    monkeypatch.setattr(evaluate, "INCEPTION_SHA256", sha256)
+    refuses("its SHA-256 is .*6726825d.*https", evaluate.load_inception, path)
+    monkeypatch.setattr(evaluate, "INCEPTION_SHA256", data.checksum(path))
     loaded = evaluate.load_inception(path)
     assert not loaded.training and torch.equal(loaded.fc.weight, net.fc.weight)
 
@@ -2451,15 +2449,15 @@ def test_robust_z_scores():
     train.loc[:59, "holes"] = np.nan
     train.loc[:49, "b"] = np.nan  # 5 % exactly stays
     space = evaluate.CPSpace(train, 2)
-    assert space.kept == ["a", "b"] and space.axes.shape == (2, 2)
-    assert space.spread == pytest.approx(2, rel=0.1)  # 1.4826 MAD = sd of a normal
+    assert list(space.centre.index) == ["a", "b"] and space.axes.shape == (2, 2)
+    assert space.spread.tolist() == pytest.approx([2, 2], rel=0.1)  # 1.4826 MAD = sd of a normal
     assert space.z_scores(train[:1] * 1e9).tolist() == [[10, 0]]  # clipped; missing is the median
     refuses("19 training cells could be measured", evaluate.CPSpace, train[:19], 1)
 
 
 def test_distances_rank_good_blurred_shifted_and_collapsed_generators():
-    mix = normal(40, 40, 9) / 6
-    train, reference, floor, good = (pd.DataFrame(normal(n, 40, s) @ mix) for s, n in enumerate((2000, 600, 600, 600)))
+    cells = pd.DataFrame(normal(3800, 40) @ normal(40, 40, 9) / 6)
+    train, reference, floor, good = cells[:2000], cells[2000:2600], cells[2600:3200], cells[3200:]
     space, report = evaluate.CPSpace(train, 15), evaluate.Report(0)
     sets = {"real": floor, "good": good, "blurred": floor * 0.5, "shifted": floor + 2, "collapsed": 0.01 * good}
     report.add_distances(space(reference), {who: space(x) for who, x in sets.items()}, "FD", "-CP15", "measurements")
@@ -2479,10 +2477,10 @@ def compound_table():
     centres = random.normal(0, 3, (4, 30))
     for plate, scale in (("Week1_1", 1.0), ("Week2_1", 5.0)):  # a plate effect that only DMSO can remove
         for i in range(56):
-            compound, moa, centre, dose = f"c{i % 24}", f"m{i % 4}", centres[i % 4], float(i // 24)
+            told, centre = [f"c{i % 24}", float(i // 24), f"m{i % 4}"], centres[i % 4]
             if i >= 48:
-                compound, moa, centre, dose = "DMSO", "DMSO", 0, 0.0
-            rows.append([plate, f"B{i}", compound, dose, moa, *(scale * (10 + centre + random.normal(0, 1, 30)))])
+                told, centre = ["DMSO", 0.0, "DMSO"], 0
+            rows.append([plate, f"B{i}", *told, *(scale * (10 + centre + random.normal(0, 1, 30)))])
     return pd.DataFrame(rows, columns=[*evaluate.WELL_COLUMNS, *(f"Cells_AreaShape_{i}" for i in range(30))])
 
 
@@ -2506,11 +2504,11 @@ def test_moa_golden():
     np.testing.assert_allclose(t[features], g["profiles"], rtol=1e-9)
     for name, batches in (("NSC", None), ("NSCB", t["batches"])):
         found = evaluate.nsc(t[features], t["compound"], t["moa"], batches)["treatments"]
-        expected = g[name]["neighbours"]
-        assert found["scorable"].tolist() == [neighbour is not None for neighbour in expected]
-        for row, (treatment, moa, hit, cosine) in zip(found[found["scorable"]].itertuples(), filter(None, expected)):
-            assert [*t.loc[row.nearest, ["compound", "concentration"]], row.predicted, row.correct] == [*treatment, moa, hit]
-            assert row.distance == pytest.approx(1 - cosine, abs=1e-9)
+        nearest = t.loc[found["nearest"], ["compound", "concentration"]].values.tolist()
+        found = [list(row) for row in zip(nearest, found["predicted"], found["correct"], 1 - found["distance"], found["scorable"])]
+        for (*row, cosine, scorable), expected in zip(found, g[name]["neighbours"], strict=True):
+            assert scorable == bool(expected)
+            assert not scorable or [*row, pytest.approx(cosine, abs=1e-9)] == expected
 
 
 META = SHARED / "fixtures/bbbc021_meta"
@@ -2550,7 +2548,7 @@ def profile_files(folder, change=None):
     return [f"--{name}={folder / name}" for name in files]
 
 
-@pytest.mark.parametrize("change", [None, "index", "solvent"])
+@pytest.mark.parametrize("change", ["index", "solvent"])
 def test_profiles_score_the_same_however_they_are_written(tmp_path, capsys, change):
     evaluate.main([*profile_files(tmp_path, change), "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
@@ -2564,7 +2562,7 @@ PROFILE_REFUSALS = [
     (lambda t: t.assign(Cells_AreaShape_2=[np.nan] + [1.0] * 111), "1 of 3360 values are NaN or infinite, first in row 0, column 2"),
     (lambda t: t.drop(columns="moa"), "no column tells moa; --image-csv"),
     (lambda t: t[evaluate.WELL_COLUMNS], r"expected \(N, d\)"),
-    (lambda t: pd.concat([t, t[:2]]), "2 rows repeat a well, first plate Week1_1 well B0"),
+    (lambda t: pd.concat([t, t[:2]]), "2 rows repeat a well, .*first plate Week1_1 well B0"),
 ]
 
 
@@ -2575,7 +2573,7 @@ def test_profiles_that_are_refused(tmp_path, change, message):
 
 
 def test_wells_that_the_image_table_does_not_list_are_named(tmp_path):
-    refuses("does not list 2 of the 112 wells of .*first plate Week1_1 well B7", evaluate.main, profile_files(tmp_path, "unlisted"))
+    refuses("2 of the 112 wells of .* not listed in .*first plate Week1_1 well B7", evaluate.main, profile_files(tmp_path, "unlisted"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2593,20 +2591,19 @@ def test_correlations():
     a = normal(60, 2)
     b = a + normal(60, 2, 1)
     a[:5, 0], b[3:9, 0], b[:, 1] = np.nan, np.inf, 0.1  # holes on both sides; no spread
-    times = np.random.default_rng(0).integers(0, 3, (1, 60))
-    (r, flat), = evaluate.correlations(a + 1e6, b - 1e6, times)
-    drawn = np.repeat(np.arange(9, 60), times[0, 9:])
-    assert r == pytest.approx(np.corrcoef(a[drawn, 0], b[drawn, 0])[0, 1], rel=1e-6)
+    times = np.arange(60) % 3
+    (r, flat), = evaluate.correlations(a + 1e6, b - 1e6, times[None])
+    drawn = np.repeat(np.column_stack([a, b])[9:, [0, 2]], times[9:], axis=0)
+    assert r == pytest.approx(np.corrcoef(drawn.T)[0, 1], rel=1e-6)
     assert np.isnan(flat) and np.isnan(evaluate.correlations(a[:2], b[:2], np.ones((1, 2)))).all()
 
 
 def test_features_that_survive():
     """The renderer as a perfect generator: shape of the nucleus comes back, fibres do not; shuffled cells correlate in nothing."""
     _, given = prepare.simulate_table(100, 0)
-    given, treatment, seen = given[:100].reset_index(drop=True), np.arange(100) % 5, []
-    for seed in (1, 2):
-        x = prepare.render(given, seed)
-        seen.append(data.measurements(x / x.max((2, 3), keepdims=True), data.CHANNELS))
+    given, treatment = given[:100], np.arange(100) % 5
+    pictures = [prepare.render(given, seed) for seed in (1, 2)]
+    seen = [data.measurements(x / x.max((2, 3), keepdims=True), data.CHANNELS) for x in pictures]
     found = evaluate.feature_table(*seen, given, treatment, "cell-max")
     assert found.loc["Nuclei_AreaShape_Area", ["r", "spearman", "r within treatments", "r of generated with input"]].min() > 0.9
     assert found["relative"][["Nuclei_Intensity_MeanIntensity_DAPI", "Nuclei_Intensity_MassDisplacement_DAPI"]].tolist() == [True, False]
@@ -2622,10 +2619,10 @@ def test_a_difference_between_treatments_alone_does_not_count_within_one():
 
 
 def test_claims_are_judged():
-    parts = [(c, f) for c in ("Nuclei", "Cells", "Cytoplasm") for f in ("AreaShape", "Intensity", "Texture", "RadialDistribution")]
-    table = pd.DataFrame(parts, columns=["compartment", "family"])
-    table["r"] = [0.9, 0.8, 0.4, 0.05, 0.2, 0.4, 0.4, 0.05, 0.4, 0.4, 0.4, 0.05]
-    for r, expected in ((table["r"], [False, True, True, True]), (1 - table["r"], [True, False, False, False])):
+    families = ["AreaShape", "Intensity", "Texture", "RadialDistribution"]
+    table = pd.DataFrame({"compartment": np.repeat(["Nuclei", "Cells", "Cytoplasm"], 4), "family": families * 3})
+    r = np.array([0.9, 0.8, 0.4, 0.05, 0.2, 0.4, 0.4, 0.05, 0.4, 0.4, 0.4, 0.05])
+    for r, expected in ((r, [False, True, True, True]), (1 - r, [True, False, False, False])):
         seen, medians = evaluate.claims(table.assign(r=r))
         assert list(seen.values()) == expected and len(medians) == 16
 
@@ -2676,6 +2673,11 @@ def arguments(top, *more, out="eval"):
     return ["--data", str(top / "data"), "--split", "train", "--n", "40", "--device", "cpu", "--out", str(top / out), *map(str, more)]
 
 
+def assert_same_files(a, b):
+    for path in a.iterdir():
+        assert path.read_bytes() == (b / path.name).read_bytes(), path
+
+
 def evaluate_run(top, *more, out="eval"):
     evaluate.main(arguments(top, "--run", top / "cp2image-seed0", *more, out=out))
     return json.loads((top / out / "metrics.json").read_text(encoding="utf-8"))
@@ -2687,10 +2689,10 @@ def test_the_same_call_writes_the_same_bytes_and_every_number_with_its_condition
     assert "of 13 paired scores, and does NOT on" in " ".join(said.split()) and "--inception FILE was not given" in said
     assert max(map(len, said.splitlines())) <= 100
     evaluate_run(judged, out="again")
-    first, again = ({p.name: p.read_bytes() for p in (judged / name).iterdir()} for name in ("eval", "again"))
-    assert first == again
-    assert set(first) - {"metrics.png"} == {"metrics.json", "metrics.csv", "features.csv", "moa.csv", "grid.png", "grid.json"}
-    assert [found["about"][k] for k in ("split", "seed", "cells", "step")] == ["train", 0, 80, 1]
+    assert_same_files(judged / "eval", judged / "again")
+    written = {path.name for path in (judged / "eval").iterdir()}
+    assert written - {"metrics.png"} == {"metrics.json", "metrics.csv", "features.csv", "moa.csv", "grid.png", "grid.json"}
+    assert found["about"].items() >= {"split": "train", "seed": 0, "cells": 80, "step": 1}.items()
     results = found["results"]
     shuffled = results["random training cell"]["r Nuclei_AreaShape_X"]
     low, high = shuffled["interval"]
@@ -2712,13 +2714,11 @@ def test_runs_side_by_side(judged, unplotted):
     runs = [str(judged / name) for name in ("cp2image-seed0", "cp2image-seed1/last.pt")]
     common = arguments(judged, "--grid", 4, out="cmp")
     evaluate.main([*common, "--runs", *runs])
-    values = []
-    for seed in "01":
-        own = json.loads((judged / f"cmp/cp2image-seed{seed}/metrics.json").read_text())
-        values.append(own["results"]["generated"]["pixel loss"]["value"])
+    parts = pd.concat([pd.read_csv(judged / f"cmp/cp2image-seed{seed}/metrics.csv") for seed in "01"])
+    values = parts.loc[(parts["who"] == "generated") & (parts["quantity"] == "pixel loss"), "value"]
     table = pd.read_csv(judged / "cmp/comparison.csv").set_index(["who", "quantity"])
     row = table.loc[("cp2image", "pixel loss"), ["mean", "sd", "runs"]]
-    assert row.tolist() == pytest.approx([np.mean(values), np.std(values, ddof=1), 2], rel=1e-4)
+    assert row.tolist() == pytest.approx([values.mean(), values.std(), 2], rel=1e-4)
     assert table["runs"]["nearest training cell", "pixel loss"] == 1
     for other in ("cp2image-seed0", "percentile-seed0"):
         refuses("one --image-norm, and different seeds", evaluate.main, [*common, "--runs", runs[0], str(judged / other)])
@@ -2726,8 +2726,8 @@ def test_runs_side_by_side(judged, unplotted):
 
 def test_the_numbers_of_the_first_run_are_written_before_the_second_is_judged(judged, monkeypatch):
     reports = [evaluate.Report(0)]
-    reports[0].add("generated", "pixel loss", 9, "pixels", 1.0)
-    reports[0].add("nearest training cell", "pixel loss", 9, "pixels", 1.0)
+    for who in ("generated", "nearest training cell"):
+        reports[0].add(who, "pixel loss", 9, "pixels", 1.0)
     monkeypatch.setattr(evaluate, "judge", lambda *more: reports.pop())
     with pytest.raises(IndexError):
         evaluate.main(arguments(judged, "--runs", judged / "cp2image-seed0", judged / "cp2image-seed1", out="half"))
@@ -2736,13 +2736,14 @@ def test_the_numbers_of_the_first_run_are_written_before_the_second_is_judged(ju
 
 def test_baselines_are_judged(judged, unplotted):
     """A VAE reconstructs the cells and samples freely, a GAN only samples; both are represented."""
-    for kind in ("vae", "lsgan"):
-        run_train(judged / "data", judged / f"{kind}-seed0", "--model", kind, steps=1)
-    evaluate.main(arguments(judged, "--n", 30, "--grid", 3, "--runs", judged / "vae-seed0", judged / "lsgan-seed0", out="two"))
-    found = pd.read_csv(judged / "two/comparison.csv").set_index(["who", "quantity"])["mean"]
-    assert found["vae", "pixel loss"] > 0 and {"nucleus found"} <= set(found["vae free samples"].index) & set(found["lsgan"].index)
-    assert "pixel loss" not in found["vae free samples"] and "pixel loss" not in found["lsgan"]
-    assert {f"vae {evaluate.BARE}", f"lsgan {evaluate.BARE}"} <= set(found[:, "NSC"].index)
+    runs = [judged / "vae-seed0", judged / "lsgan-seed0"]
+    for run in runs:
+        run_train(judged / "data", run, "--model", run.name[:-6], steps=1)
+    evaluate.main(arguments(judged, "--n", 30, "--grid", 3, "--runs", *runs, out="two"))
+    found = pd.read_csv(judged / "two/comparison.csv").groupby("quantity")["who"].agg(set)
+    assert {"vae", "vae free samples", "lsgan"} <= found["nucleus found"]
+    assert "vae" in found["pixel loss"] and not {"vae free samples", "lsgan"} & found["pixel loss"]
+    assert {f"vae {evaluate.BARE}", f"lsgan {evaluate.BARE}"} <= found["NSC"]
     assert json.loads((judged / "two/grid.json").read_text())["rows"] == ["original", "vae", "lsgan, free samples"]
 
 
@@ -2756,7 +2757,7 @@ def test_two_channels_of_64_pixels_are_judged_where_possible(judged):
     assert "all that is measured in pictures" in report.absent
 
 
-def test_a_generator_that_draws_no_nucleus_is_judged(judged, unplotted, monkeypatch):
+def test_an_edited_generator_is_the_one_that_is_judged_and_may_draw_no_nucleus(judged, unplotted, monkeypatch):
     monkeypatch.setattr(model.Generator, "forward", lambda self, f: torch.zeros(len(f), 3, 68, 68))
     found = evaluate_run(judged, out="black")
     assert found["results"]["generated"]["nucleus found"]["value"] == 0 and not any(found["about"]["claims of the paper"].values())
@@ -2772,18 +2773,10 @@ def test_fid_of_the_command(judged, unplotted, monkeypatch):
         assert real[name]["value"] < ours[name]["value"] and ours[name]["n"] == 20
 
 
-REFUSALS = [
-    (["--run", "cp2image-seed0", "--data", "other"], "last.pt: was trained on another prepared folder"),
-    (["--run", "cp2image-seed0", "--device", "nonsense"], "--device nonsense: not on this machine"),
-    (["--run", "cp2image-seed0", "--inception", "wrong.pth"], "wrong.pth: its SHA-256 is 9a129038"),
-]
-
-
-@pytest.mark.parametrize("more, message", REFUSALS)
-def test_what_evaluate_refuses(judged, folder_path, more, message):
-    (judged / "wrong.pth").write_bytes(b"weights")
-    places = {"cp2image-seed0": judged / "cp2image-seed0", "wrong.pth": judged / "wrong.pth", "other": folder_path}
-    refuses(message, evaluate.main, arguments(judged, *(places.get(word, word) for word in more)))
+def test_what_evaluate_refuses(judged, folder_path):
+    for more, message in ((["--data", folder_path], "last.pt: was trained on another prepared folder"),
+                          (["--device", "nonsense"], "--device nonsense: not on this machine")):
+        refuses(message, evaluate_run, judged, *more)
 
 
 @pytest.mark.parametrize("bad", ["--run x", "--data x", "--data x --runs y", "--data x --run y --n 0", f"--data x --run y --seed {2 ** 63}"])
@@ -2823,21 +2816,21 @@ def test_inception_mistakes_are_caught(name, monkeypatch):
         return (x + 1) / 2 if "2-1" in name else x
 
     monkeypatch.setattr(evaluate.F, "interpolate", resize)
-    monkeypatch.setattr(average, "count_include_pad", "pad" in name)
-    block = getattr(net, f"Mixed_{name[:2]}", None)  # 7b, 7c: each with the other's pool
-    if block:
-        monkeypatch.setitem(block._modules, "pool", average if name[1] == "c" else net.Mixed_7c.pool)
+    average.count_include_pad = "pad" in name
+    if name[0] == "7":  # 7b, 7c: each with the other's pool
+        pools = {"7b": net.Mixed_7c.pool, "7c": average}
+        net.get_submodule(f"Mixed_{name[:2]}").pool = pools[name[:2]]
     if "BGR" in name:
         images = images[:, [2, 1, 0]]
     for m in net.modules():
         if hasattr(m, "eps") and "eps" in name:
-            monkeypatch.setattr(m, "eps", 1e-5)
+            m.eps = 1e-5
     assert abs(evaluate.inception_features(net, images) - expected).max() == pytest.approx(size, rel=1e-3)
 
 
 def test_frechet_closed_forms():
     x = normal(9, 40)
-    assert evaluate.frechet_distance(x, x[::-1]) < 1e-9 and evaluate.frechet_distance(x, x + 1) == pytest.approx(40)
+    assert evaluate.frechet_distance(x, x[::-1]) < 1e-9
     x = normal(500, 3)
     assert evaluate.frechet_distance(x, 3 * x) == pytest.approx((4 * x.var(0, ddof=1) + 4 * x.mean(0) ** 2).sum())
     assert evaluate.frechet_distance([[0.0], [2.0]], [[1.0], [5.0]]) == pytest.approx(4 + 2)  # means 1, 3; sds sqrt 2, sqrt 8
@@ -2862,21 +2855,12 @@ def test_mode_collapse_and_noise_are_caught():
     assert evaluate.precision_recall(real, normal(1400, 6, 6, 4, 20))["precision"] < 0.05  # noise
 
 
-def test_nsc_sees_mechanisms_and_not_chance():
+def test_nsc_of_shuffled_mechanisms_is_chance():
     wells = compound_table()
-    found = evaluate.score_profiles(wells)
-    assert found["NSC"]["accuracy"] == 1 and found["NSC"]["n"] == len(found["NSC"]["treatments"]) == 48  # without DMSO
-    assert found["NSC"]["null_mean"] < 0.3
-    assert "none of 48" in found["NSCB"]["absent"]  # every treatment is in both weeks
     shuffled = dict(zip(wells["compound"].unique(), np.random.default_rng(1).permutation(wells["moa"][:24])))
     found = evaluate.score_profiles(wells.assign(moa=wells["compound"].map(shuffled).fillna("DMSO")))["NSC"]
     assert abs(found["accuracy"] - found["null_mean"]) < 3 * found["null_sd"] and abs(found["null_mean"] - 5 / 23) < 0.05
 
-
-def test_an_edited_generator_is_the_one_that_is_judged(judged, monkeypatch):
-    monkeypatch.setattr(model.Generator, "forward", lambda self, f: torch.full((len(f), 3, 68, 68), 0.25))
-    G, folder = model.load(judged / "cp2image-seed0/last.pt"), data.open_folder(judged / "data")
-    assert (evaluate.drawn(G, folder, folder.rows("train")[:2], torch.zeros(2, 0), "cpu") == 0.25).all()
 
 
 def test_plots_need_no_display_and_no_backend(tmp_path):
@@ -2921,12 +2905,10 @@ class Renderer:
 
 
 @needs_shared
-def test_golden_figures(monkeypatch):
+def test_golden_figures():
     """Fig 5a's order and cosines, the representative cell, Fig 5b's line and the latent walk; 1e-9: float64 on both sides."""
-    for part in ("fid", "metrics"):
-        monkeypatch.syspath_prepend(SHARED / "fixtures" / part)
     from figure_inputs import inputs
-    x, golden = inputs(), json.loads((SHARED / "fixtures/metrics/figure_golden.json").read_text(encoding="utf-8"))
+    x, golden = inputs(), json.loads((GOLDEN / "figure_golden.json").read_text())
     a, b = x["interpolation"]
     order, path = interpolate.replaced(a, b)
     wanted = golden["interpolation"]
@@ -2936,7 +2918,7 @@ def test_golden_figures(monkeypatch):
     cell = interpolate.representative(x["representative_cell"])
     assert cell == pytest.approx(tuple(golden["representative_cell"].values()), abs=1e-9)
     mean, axes = interpolate.principal_axes(np.concatenate(x["pca_line"]))
-    points = interpolate.line(x["pca_line"][0].mean(0), x["pca_line"][2].mean(0), 5)
+    points = interpolate.line(x["pca_line"][0].mean(0), x["pca_line"][2].mean(0), np.linspace(0, 1, 5))
     assert (points - mean) @ axes.T == pytest.approx(np.array(golden["pca_line"]["points"]), abs=1e-9)
     size, order, values = interpolate.rank_latents(x["latent_walk"])
     walk = golden["latent_walk"]
@@ -2950,7 +2932,7 @@ def test_edits_hold_or_follow():
     covariance = np.array([[1, 0.8, 0], [0.8, 1, 0], [0, 0, 1]])
     for place, value, more, wanted in [(0, 12, [], [12, 20, 30]), (0, 12, [covariance], [12, 24, 30]),
                                        (0, 10, [covariance], [10, 20, 30]), (2, 100, [], [10, 20, -80])]:
-        assert interpolate.edited(raw, [place], np.array([[value]]), scale, angle, *more)[0] == pytest.approx(wanted)
+        assert interpolate.edited(raw, [place], [[value]], scale, angle, *more)[0] == pytest.approx(wanted)
 
 
 def test_ledoit_wolf_is_the_published_estimator():
@@ -2982,14 +2964,13 @@ def test_silhouettes_by_hand():
     assert abs(interpolate.silhouettes(cloud, np.arange(200) % 2).mean()) < 0.05  # one cloud is no two groups
 
 
-@pytest.mark.parametrize("realised, slope, offset", [(1, 1, 0), (1, 1, 2), (0.5, 0.5, 0), (0, 0, 0)])
-def test_controllability_of_known_renderings(realised, slope, offset):
+@pytest.mark.parametrize("slope, offset", [(1, 0), (1, 2), (0.5, 0), (0, 0)])
+def test_controllability_of_known_renderings(slope, offset):
     """An offset hides behind the slope and is said; what follows the edit by itself is not off target; a deaf picture has slope 0."""
-    offsets = np.arange(-3.0, 4.0)
-    asked = np.zeros((7, 5, 2)) + offsets[:, None, None]
-    got = realised * asked + offset
+    asked = interpolate.OFFSETS[:, None, None] + np.zeros((5, 2))
+    got = slope * asked + offset
     got[:2, 0] = np.nan  # pictures without a nucleus
-    r = interpolate.obedience(asked, got, offsets, ["a", "b"], np.ones(2), 0, follow=1)
+    r = interpolate.obedience(asked, got, ["a", "b"], np.ones(2), 0, follow=1)
     assert r["slope"] == r["low"] == r["high"] == pytest.approx(slope)
     assert r["offset"] == pytest.approx(offset) and r["off target"] == pytest.approx(1 - slope)
     assert r["spearman"] == pytest.approx(1) if slope else np.isnan(r["spearman"])
@@ -3010,18 +2991,16 @@ def test_controllability_of_the_renderer(folder_path):
     assert interpolate.Cells(cells.G, folder).relative.all()  # no plate, no unit
 
 
-def test_coupling_of_the_renderer():
+def test_coupling_of_the_renderer(folder_path):
     """Each channel of the renderer depends on its own groups and on shape; noise moves nothing."""
-    _, table = prepare.simulate_table(60, 0)
-    groups = interpolate.feature_groups(list(table.columns), data.CHANNELS)
-    paint = lambda raw: render(raw, table.columns) / 0.3
-    x = paint(table.to_numpy()) + 0.01
-    rise = {}
-    for name, mean, low, high in interpolate.permutation(table.to_numpy(), x, groups, paint):
-        assert (low <= high).all()
-        rise[name] = mean.tolist()
-    assert rise["Nuclei_Intensity_DAPI"][0] > 1 and rise["Nuclei_Intensity_DAPI"][1:] == [0, 0]
-    assert rise["Nuclei_Noise"] == [0, 0, 0] and min(rise["Nuclei_AreaShape"]) > 0
+    folder = data.open_folder(folder_path)
+    cells = interpolate.Cells(Renderer(folder), folder, "train")
+    records = pd.DataFrame(interpolate.coupling(cells, 60).records)
+    assert (records["low"] <= records["high"]).all()
+    rise = records.pivot(index="group", columns="channel", values="rise")
+    assert rise.loc["Nuclei_Intensity_DAPI", "DAPI"] > 1
+    assert (rise.loc["Nuclei_Intensity_DAPI", ["Tubulin", "Actin"]] == 0).all()
+    assert (rise.loc["Nuclei_Noise"] == 0).all() and (rise.loc["Nuclei_AreaShape"] > 0).all()
 
 
 def test_sweep_and_its_page(folder_path, run_path, tmp_path, capsys):
@@ -3029,14 +3008,13 @@ def test_sweep_and_its_page(folder_path, run_path, tmp_path, capsys):
     arguments = ["--feature", "Nuclei_AreaShape_Area", "Nuclei_*Intensity*", "--steps", "3", "--html"]
     for out in ("a", "b"):
         records, about = edit_call("sweep", folder_path, run_path, tmp_path / out, *arguments, str(tmp_path / out / "cell.html"))
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path
+    assert_same_files(tmp_path / "a", tmp_path / "b")
     folder, G = data.open_folder(folder_path), model.load(run_path / "last.pt")
     low, high = np.quantile(folder.raw[folder.rows("train"), 0], [0.01, 0.99])
-    assert records[1]["requested"] == pytest.approx(low) and records[3]["requested"] == pytest.approx(high)
+    assert [records[1]["requested"], records[3]["requested"]] == pytest.approx([low, high])
     assert records[4]["outside percentile"] == records[6]["outside percentile"]  # 0 sd: its own
-    f = model.standardise(folder.measurements(folder.rows("test")), folder.centre, folder.scale)
-    row = folder.rows("test")[(f - f.mean(0)).norm(dim=1).argmin()]
+    cells = interpolate.Cells(G, folder)
+    row = cells.rows[interpolate.representative(cells.f(cells.rows))[0]]
     assert folder.cells["cell"][row] == about["cell"]  # the typical cell
     page = (tmp_path / "a/cell.html").read_text(encoding="utf-8")
     content = json.loads(re.search(r"const P = (.*?), side = P.side", page, re.S).group(1))
@@ -3078,22 +3056,20 @@ def test_latent_spaces(kind, folder_path, tmp_path, monkeypatch):
     base = (folder_path, tmp_path / kind, tmp_path / "out")
     folder, G = data.open_folder(folder_path), model.load(tmp_path / kind / "last.pt")
     if kind == "lsgan":
-        cells, ends = interpolate.NoiseCells(G, folder), ["noise3", "noise17"]
-        assert (cells.paint(cells.f([0, 17])) - model.sample(G, 60)[[0, 17]]).abs().max() < 1e-5
+        cells, rows = interpolate.NoiseCells(G, folder), [3, 17]
+        assert (cells.paint(cells.f(rows)) - model.sample(G, 60)[rows]).abs().max() < 1e-5
         refuses("too few cells, 0 have a value", edit_call, "algebra", *base)  # no nucleus as yet
     else:
-        cells, ends = interpolate.EncodedCells(G, folder), list(folder.cells["cell"][[0, 399]])
+        cells, rows = interpolate.EncodedCells(G, folder), [0, 399]
         means, _ = G.encode(cells.pictures(cells.train))  # 338 cells: two batches, in their order
         assert np.allclose(cells.f(cells.train), means, atol=1e-4)
-    records, _ = edit_call("walk", *base, "--cells", *ends)
-    points = interpolate.line(*cells.f([cells.find(name) for name in ends]), 9)
+    records, _ = edit_call("walk", *base, "--cells", *cells.table["cell"][rows])
+    points = interpolate.line(*cells.f(rows), np.linspace(0, 1, 9))
     assert [r["outside percentile"] for r in records] == pytest.approx(cells.reference.how_far(points))
     records, _ = edit_call("latents", *base)
-    _, order, values = interpolate.rank_latents(cells.f(cells.rows))
+    _, order, _ = interpolate.rank_latents(cells.f(cells.rows))
     assert [r["dimension"] for r in records] == list(np.repeat(order[:5], 9))
-    assert records[9]["value"] == pytest.approx(values[order[1], 0])
-    for command in ("sweep", "moa", "dose", "controllability", "coupling"):
-        refuses(f"{kind} takes {G.takes}, which .* cannot edit; it can do .*walk.*latents", edit_call, command, *base)
+    refuses(f"{kind} takes {G.takes}, which sweep cannot edit; it can do .*walk.*latents", edit_call, "sweep", *base)
 
 
 class AreaModel(Renderer):
@@ -3126,9 +3102,7 @@ def test_algebra_is_verified_by_measuring(folder_path, monkeypatch):
 def test_a_table_is_edited_as_the_folders_cells_are(folder_path, run_path, tmp_path):
     """The same cell from a CSV and from the folder: the same numbers; without the folder the distances are from the table's own cells."""
     folder = data.open_folder(folder_path)
-    table = pd.DataFrame(folder.raw, columns=folder.features)
-    table.insert(0, "cell", folder.cells["cell"])
-    table.to_csv(tmp_path / "table.csv", index=False)
+    folder_table(folder_path, None).to_csv(tmp_path / "table.csv")
     more = ["--feature", "Nuclei_AreaShape_Area", "--steps", "3", "--cell", folder.cells["cell"][7]]
     from_table = ["--table", str(tmp_path / "table.csv"), *more]
     plain, _ = edit_call("sweep", folder_path, run_path, tmp_path / "a", *more)
@@ -3156,12 +3130,13 @@ def test_refused_edits(call, message, folder_path, run_path, tmp_path):
 
 
 def test_refused_data(folder_path):
-    refuses("left out in preparation .no spread", interpolate.find_features, "Cells_A", ["a"], {"Cells_A": "no spread"})
     refuses("5 training cells: too few", interpolate.Reference, np.zeros((5, 3)))
     folder = data.open_folder(folder_path)
-    G = Renderer(folder)
-    G.channels = ["DAPI", "Actin"]
-    refuses("channels DAPI, Actin: .*needs three", interpolate.walk, interpolate.Cells(G, folder), list(folder.cells["cell"][:2]))
+    cells = interpolate.Cells(Renderer(folder), folder)
+    cells.dropped = {"Cells_A": "no spread"}
+    refuses("left out in preparation .no spread", cells.places, "Cells_A")
+    cells.G.channels = ["DAPI", "Actin"]
+    refuses("channels DAPI, Actin: .*needs three", interpolate.walk, cells, list(folder.cells["cell"][:2]))
     for call in ("sweep --steps 0 --run x --data x", "sweep --run x", "latents --seed -1"):
         with pytest.raises(SystemExit):
             interpolate.main(call.split())
