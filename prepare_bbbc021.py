@@ -29,7 +29,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -297,9 +296,7 @@ def draw_cells(table, offset, seed, window=WINDOW):
     in CellProfiler's 0..1, and how much of each pixel the cell covers (N, window, window). offset (N, 2): row and column of the
     nucleus' centre from the middle of the window, pixels. seed: what the parameters leave open (fibres, texture, bumps).
     Mean and standard deviation of the intensities are exact over the drawn compartments."""
-    p = {}                                              # {Mean_DAPI: (N, 1, 1), ...}
-    for name in PARAMETERS:
-        p[short(name)] = table[name].to_numpy()[:, None, None]
+    p = {short(name): table[name].to_numpy()[:, None, None] for name in PARAMETERS}     # {Mean_DAPI: (N, 1, 1), ...}
     grid = np.arange(window) - (window - 1) / 2
     row = grid[:, None] - offset[:, 0, None, None]      # (N, window, 1)
     col = grid - offset[:, 1, None, None]               # (N, 1, window)
@@ -307,9 +304,21 @@ def draw_cells(table, offset, seed, window=WINDOW):
 
     whole = p["Nuclei_Area"] + p["Cytoplasm_Area"]
     nucleus, q_nucleus = ellipse(
-        *place, p["Nuclei_Area"], p["Nuclei_Eccentricity"], p["Nuclei_Orientation"], bumps=0.03, soft=3)
+        *place,
+        p["Nuclei_Area"],
+        p["Nuclei_Eccentricity"],
+        p["Nuclei_Orientation"],
+        bumps=0.03,
+        soft=3,
+    )
     cell, q_cell = ellipse(
-        *place, whole, p["Cells_Eccentricity"], p["Cells_Orientation"], bumps=0.07, soft=4)
+        *place,
+        whole,
+        p["Cells_Eccentricity"],
+        p["Cells_Orientation"],
+        bumps=0.07,
+        soft=4,
+    )
     cell = np.maximum(cell, nucleus)
     cytoplasm = cell * (1 - nucleus)
 
@@ -476,7 +485,7 @@ def is_sqlite(path):
 
 def query(path, text, dtype=None):
     """What a SQLite file answers, in frames of ROWS."""
-    uri = f"file:{quote(str(path.resolve()))}?mode=ro"
+    uri = path.resolve().as_uri() + "?mode=ro"
     try:
         with closing(sqlite3.connect(uri, uri=True)) as sql:
             yield from pd.read_sql(text, sql, dtype=dtype, chunksize=ROWS)
@@ -564,7 +573,7 @@ def join_parts(parts, where, objects, keep, dropped):
         dropped.update(others)
         is_place = part.columns.str.fullmatch(rf"[A-Za-z]+Number|[A-Za-z]+_({PLACE})")
         dtypes = dict.fromkeys(features, np.float32) | dict.fromkeys(part.columns[is_place], float)
-        part = part.loc[:, part.columns.isin(dtypes)]
+        part = part[list(dtypes)]
         if part.columns.has_duplicates:
             raise InputError(f"{where}: ImageNumber or ObjectNumber stands twice; remove one")
         frames.append(numbers(part, where, row).astype(dtypes))
@@ -880,7 +889,6 @@ def cut(field, x, y, size=SIZE):
 KEY = "Single_Cell_Image_Id"
 CROPS_AT_ONCE = 256         # files in a job
 ROWS_AT_ONCE = 20_000       # of the table of features
-EMPTY = ["", "nan", "NaN", "NA", "null", "None"]
 
 
 def crops(folder, features, channels, stored, size, keep):
@@ -933,8 +941,6 @@ def read_features(path, names, other):
     parts = pd.read_csv(
         path,
         dtype=dict.fromkeys(other, str),
-        na_values=dict.fromkeys(names, EMPTY),
-        keep_default_na=False,
         encoding="utf-8-sig",
         chunksize=ROWS_AT_ONCE,
     )
@@ -1054,16 +1060,16 @@ class Images:
         (PathName_, of any system) tells which; those that cannot be told apart are refused."""
         hits = self.paths.get(name.lower(), [self.folder / name])
         wanted = re.split(r"[/\\]+", folder.lower().rstrip("/\\"))
-        agreeing = {}               # {how many folders agree, from the last on: paths}
-        for path in hits:
+
+        def agreeing(path):             # how many folders agree, from the last on
             own = path.resolve().as_posix().lower().split("/")
-            agree = os.path.commonprefix([own[-2::-1], wanted[::-1]])
-            agreeing.setdefault(len(agree), []).append(path)
-        best = agreeing[max(agreeing)]
-        if len(best) > 1:
-            raise InputError(f"{best[0]} and {best[1]} have one name, and PathName_ {folder!r} does not "
+            return len(os.path.commonprefix([own[-2::-1], wanted[::-1]]))
+
+        best, *others = sorted(hits, key=agreeing, reverse=True)
+        if others and agreeing(best) == agreeing(others[0]):
+            raise InputError(f"{best} and {others[0]} have one name, and PathName_ {folder!r} does not "
                              "tell which is meant; give --images the folder with one of them")
-        return best[0]
+        return best
 
     def of(self, table, channels, where):
         """The files of each row of an Image table, in the order of `channels`; one that is named for two of them is refused."""
@@ -1071,7 +1077,7 @@ class Images:
         columns = []
         for channel in channels:
             names = table.get(f"FileName_{channel}")
-            if names is None or (names == "").any():
+            if names is None or "" in set(names):
                 found = list(table.filter(like="FileName_"))
                 raise InputError(f"{where}: has no FileName_{channel} for every field, but {found}; see --channels")
             folders = table.get(f"PathName_{channel}", [""] * len(table))
@@ -1159,10 +1165,11 @@ def group_fields(folder, image_csv, channels):
             raise InputError(f"{image_csv}: none of its images is below {folder}, first {named[0][0].name}")
         return groups
     fields = {}                     # {(folder, name up to _w): [(number, path)]}
-    for path in sum(images.paths.values(), []):
-        match = re.match(r"(.+)_w(\d)", path.stem)
-        if match:
-            fields.setdefault((path.parent, match[1]), []).append((match[2], path))
+    for paths in images.paths.values():
+        for path in paths:
+            match = re.match(r"(.+)_w(\d)", path.stem)
+            if match:
+                fields.setdefault((path.parent, match[1]), []).append((match[2], path))
     if not fields:
         raise InputError(f"{folder}: no field; expected files named ..._w1..., _w2..., _w4..., "
                          "or give --image-csv")
@@ -1555,7 +1562,7 @@ def name_list(text):
 def at_least(least):
     """An argparse type: a whole number of `least` or more."""
     def number(text):
-        if not text.isdigit() or int(text) < least:
+        if int(text) < least:                           # argparse refuses what is no number
             raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of {least} or more")
         return int(text)
     return number
