@@ -888,7 +888,6 @@ def cut(field, x, y, size=SIZE):
 
 KEY = "Single_Cell_Image_Id"
 CROPS_AT_ONCE = 256         # files in a job
-ROWS_AT_ONCE = 20_000       # of the table of features
 
 
 def crops(folder, features, channels, stored, size, keep):
@@ -907,7 +906,7 @@ def crops(folder, features, channels, stored, size, keep):
 
     row = pd.Index(table[KEY]).get_indexer(metadata[KEY])
     matched = row >= 0
-    report = [f"{matched.sum()} cells matched, {len(names)} features; metadata columns: {', '.join(other)}"]
+    report = [f"{matched.sum()} cells matched, {len(names)} features; metadata columns: {other}"]
     report += listed(metadata[KEY][~matched], f"cells of {described} have no row in {features}")
     if not matched.any():
         raise InputError(f"{report[-1]}, but e.g. {table[KEY][0]}: 0 cells matched")
@@ -942,7 +941,7 @@ def read_features(path, names, other):
         path,
         dtype=dict.fromkeys(other, str),
         encoding="utf-8-sig",
-        chunksize=ROWS_AT_ONCE,
+        chunksize=ROWS,
     )
     try:
         for part in parts:
@@ -1515,9 +1514,9 @@ def excluded(cells, path):
     """Which cells (N,) bool a CSV names. It has some of the columns of cells.csv; a row is a combination."""
     table = read_csv(path, dtype=str)
     columns = list(table)
-    if table.empty or not set(columns) <= set(cells):
-        raise InputError(f"{path}: has columns {columns} and {len(table)} rows, expected some of "
-                         f"{list(cells)}, and a row for each combination")
+    if not set(columns) <= set(cells):
+        raise InputError(f"{path}: has columns {columns}, expected some of {list(cells)}, "
+                         "and a row for each combination")
     table = table.reindex(columns=cells.columns, fill_value="")
     table, _ = data.complete_treatments(table)          # doses as numbers, dmso as DMSO
     named = pd.MultiIndex.from_frame(table[columns])
@@ -1535,8 +1534,8 @@ def choose_cells(cells, exclude, limit, seed):
     if not len(left):
         raise InputError("no cell is left after --exclude")
     if limit and limit < len(left):
-        drawn = np.random.default_rng([seed, 4]).choice(left, limit, replace=False)
-        stay = np.isin(np.arange(len(cells)), drawn)
+        stay[:] = False
+        stay[np.random.default_rng([seed, 4]).choice(left, limit, replace=False)] = True
         report.append(f"{limit} of {len(left)} cells drawn by --limit")
     return stay, report
 
