@@ -2001,8 +2001,8 @@ def test_fields_images_are_found_by_name_and_folder(tmp_path):
 def test_real_crop():
     """The circulating crop of a real BBBC021 field, bit for bit; stored DAPI, actin, tubulin."""
     folder = SHARED / "fixtures/bbbc021_field"
-    files = [next(folder.glob(f"*_{w}*.tif")) for w in ("w1", "w4", "w2")]
-    patches = prepare.cut(prepare.read_channels(files), np.array([1139 + 34.45]), np.array([565 + 34.45]))
+    w1, w2, w4 = sorted(folder.glob("*.tif"))
+    patches = prepare.cut(prepare.read_channels([w1, w4, w2]), np.array([1139 + 34.45]), np.array([565 + 34.45]))
     assert np.array_equal(patches[0], np.load(next(folder.glob("*.npy"))).transpose(2, 0, 1))
 
 
@@ -2010,14 +2010,10 @@ def test_real_crop():
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """A simulation of six wells in place of 108."""
-    plates = prepare.simulated_plates
-    monkeypatch.setattr(prepare, "simulated_plates", lambda seed: plates(seed).iloc[:6])
-
-
-@pytest.fixture
-def release(tmp_path, small):
+def release(tmp_path, monkeypatch):
+    """Of six wells in place of 108."""
+    plates = prepare.simulated_plates(0)[:6]
+    monkeypatch.setattr(prepare, "simulated_plates", lambda seed: plates)
     prepare.main(["--simulate", "100", "--write-release", str(tmp_path / "release")])
     return tmp_path / "release"
 
@@ -2356,10 +2352,7 @@ def test_real_exports():
     export = read_export(folder / "csv_renumbered")
     for text in ("Cells, left out: 40", "177 columns of Cytoplasm", "Cytoplasm, values missing: 232"):
         assert text in str(export.report)
-    frames = []
-    for e in (whole, export):
-        place = e.cells[["field", "x", "y"]].round(6)
-        frames.append(pd.DataFrame(e.values, columns=e.names).join(place))
+    frames = [read_table(folder / name).round({"x": 6, "y": 6}) for name in ("csv", "csv_renumbered")]
     both = frames[0].merge(frames[1], on=["field", "x", "y"])  # the same nuclei, found by their place
     first = both.filter(regex="^Nuclei_(AreaShape|Intensity)_.*_x$")
     second = both.filter(regex="^Nuclei_(AreaShape|Intensity)_.*_y$")
