@@ -189,7 +189,7 @@ def simulate_features(cells, wells, well, seed):
     for j, (name, (centre, spread)) in enumerate(PARAMETERS.items()):
         z = random.normal(size=len(cells)).clip(-2.5, 2.5)
         if name == "Nuclei_AreaShape_Orientation":
-            table[name] = random.uniform(-90, 90, len(cells))
+            table[name] = random.uniform(-spread, spread, len(cells))
         elif name == "Cells_AreaShape_Orientation":
             angle = table["Nuclei_AreaShape_Orientation"] + spread * z
             table[name] = (angle + 90) % 180 - 90
@@ -512,7 +512,7 @@ def find_tables(names, objects, where):
         name = kind.lower()
         found = [table for table in names if names[table] == name]      # goes before names with a prefix
         found = found or [table for table in names if names[table].endswith("_" + name)]
-        if found[1:]:
+        if len(found) > 1:
             raise InputError(f"{where}: {found[0]} and {found[1]} could both be {kind}; keep one")
         if found:
             tables[kind] = found[0]
