@@ -29,7 +29,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -53,7 +52,6 @@ from data import (
     sort_columns,
 )
 
-SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}    # of cells (paper, section 4.1)
 MAX_MISSING = 0.05      # share of cells without a value, above which a feature is dropped
 CLIP = 10.0             # standard deviations (model.CLIP): here only counted
 WHITE = 0.999           # quantile of the training pixels that image value 1 stands for with --image-norm percentile
@@ -66,19 +64,19 @@ SPAN = (444, 572)       # pixels, height and width of the part of a field where 
 CELLS_PER_FIELD = 32
 APART = 42              # pixels, least distance of two nuclei
 WINDOW = 112            # pixels, side of the square in which one cell is drawn
-BACKGROUND = (0.010, 0.020, 0.016)      # DAPI, Tubulin, Actin, in CellProfiler's 0..1
+BACKGROUND = np.float32([[[0.010]], [[0.020]], [[0.016]]])      # DAPI, Tubulin, Actin, in CellProfiler's 0..1
 NOISE = 0.003           # standard deviation of the camera's noise, same unit
 
-# What the renderer reads, with the mean over DMSO cells and the spread between cells (a factor's log-sd, or an sd where marked +).
+# What the renderer reads, with the mean over DMSO cells and the spread between cells: a factor's log-sd; of an eccentricity the sd.
 PARAMETERS = {
     "Nuclei_AreaShape_Area": (850, 0.16),                       # pixels
-    "Nuclei_AreaShape_Eccentricity": (0.62, "+0.12"),
-    "Nuclei_AreaShape_Orientation": (0, "uniform"),             # degrees, -90..90 from the vertical, down-right positive
+    "Nuclei_AreaShape_Eccentricity": (0.62, 0.12),
+    "Nuclei_AreaShape_Orientation": (0, 90),                    # degrees, -90..90 from the vertical, down-right positive
     "Nuclei_Intensity_MeanIntensity_DAPI": (0.12, 0.15),
     "Nuclei_Intensity_StdIntensity_DAPI": (0.022, 0.20),
     "Cytoplasm_AreaShape_Area": (1700, 0.20),                   # pixels, cell without nucleus
-    "Cells_AreaShape_Eccentricity": (0.60, "+0.12"),
-    "Cells_AreaShape_Orientation": (0, "near nucleus"),
+    "Cells_AreaShape_Eccentricity": (0.60, 0.12),
+    "Cells_AreaShape_Orientation": (0, 25),                     # sd from the nucleus' direction
     "Cytoplasm_Intensity_MeanIntensity_Tubulin": (0.11, 0.18),
     "Cytoplasm_Intensity_StdIntensity_Tubulin": (0.032, 0.18),
     "Cytoplasm_Intensity_MeanIntensity_Actin": (0.08, 0.18),
@@ -136,27 +134,26 @@ LOWER_DOSES = {"latrunculin B": (1, 0.6), "taxol": (0.03, 0.5)}      # uM, share
 
 
 def simulated_plates(seed):
-    """One row a well (plate, well, replicate, compound, concentration, moa, strength): 4 weeks x 3 plates, 3 DMSO wells each.
+    """One row a well (plate, well, replicate, compound, concentration, strength, moa): 4 weeks x 3 plates, 3 DMSO wells each.
     As in BBBC021 a compound lives in one week, on three replicate plates."""
     wells = []
     for week in range(4):
-        treatments = []         # compound, concentration, moa, strength
+        treatments = []         # compound, concentration, strength, moa
         strength = 1.0 if week < 2 else 0.85
         first = week % 2 * 6
         for moa in list(MECHANISMS)[first:first + 6]:
             compound, dose = MECHANISMS[moa][week // 2]
-            treatments.append((compound, dose, moa, strength))
+            treatments.append((compound, dose, strength, moa))
             if compound in LOWER_DOSES:
-                dose, share = LOWER_DOSES[compound]
-                treatments.append((compound, dose, moa, share))
-        treatments += [(SOLVENT, 0, SOLVENT, 0.0)] * 3
+                treatments.append((compound, *LOWER_DOSES[compound], moa))
+        treatments += [(SOLVENT, 0, 0.0, SOLVENT)] * 3
         for replicate in range(3):
             plate = f"Week{week + 1}_sim{3 * week + replicate + 1:02d}"
             order = np.random.default_rng([seed, 1, week, replicate]).permutation(len(treatments))
             for k, j in enumerate(order):
                 well = f"{'BCDEFG'[k % 6]}{2 + k // 6:02d}"
                 wells.append((plate, well, str(replicate + 1), *treatments[j]))
-    names = "plate well replicate compound concentration moa strength"
+    names = "plate well replicate compound concentration strength moa"
     return pd.DataFrame(wells, columns=names.split())
 
 
@@ -191,25 +188,26 @@ def simulate_features(cells, wells, well, seed):
     table = pd.DataFrame(index=cells.index)
     for j, (name, (centre, spread)) in enumerate(PARAMETERS.items()):
         z = random.normal(size=len(cells)).clip(-2.5, 2.5)
-        if spread == "uniform":
-            table[name] = random.uniform(-90, 90, len(cells))
-        elif spread == "near nucleus":
-            angle = table["Nuclei_AreaShape_Orientation"] + 25 * z
+        if name == "Nuclei_AreaShape_Orientation":
+            table[name] = random.uniform(-spread, spread, len(cells))
+        elif name == "Cells_AreaShape_Orientation":
+            angle = table["Nuclei_AreaShape_Orientation"] + spread * z
             table[name] = (angle + 90) % 180 - 90
-        elif str(spread).startswith("+"):
-            table[name] = np.clip(centre + float(spread) * z, 0.1, 0.92)
+        elif name.endswith("Eccentricity"):
+            table[name] = np.clip(centre + spread * z, 0.1, 0.92)
         else:
-            effect = {SOLVENT: 1.0}
-            for moa, (_, _, factors) in MECHANISMS.items():
-                effect[moa] = factors.get(short(name), 1.0)
+            effect = {SOLVENT: 1}
+            for moa, (*_, factors) in MECHANISMS.items():
+                effect[moa] = factors.get(short(name), 1)
             factor = cells["moa"].map(effect) ** cells["strength"]
             chance = np.exp(spread * z + well_effect[well, j])
             table[name] = centre * factor * chance
             channel = name.split("_")[-1]
             if channel in gain:
                 table[name] *= cells["plate"].map(gain[channel])
-    noise = random.normal(size=(len(cells), len(NOISE_COLUMNS)))
-    return with_derived(table, noise)
+    add_derived(table)
+    table[NOISE_COLUMNS] = random.normal(size=(len(cells), len(NOISE_COLUMNS)))
+    return table
 
 
 def short(name):
@@ -217,25 +215,21 @@ def short(name):
     return re.sub(r".*_(Mean|Std)Intensity_", r"\1_", name).replace("_AreaShape_", "_")
 
 
-def with_derived(table, noise):
-    """The renderer's parameters plus the columns that follow from them, and noise columns: what CellProfiler would report."""
-    out = table.copy()
+def add_derived(table):
+    """Adds the columns that follow from the renderer's parameters: what CellProfiler would report beside them."""
     nucleus = table["Nuclei_AreaShape_Area"]
-    cell = nucleus + table["Cytoplasm_AreaShape_Area"]
-    out["Cells_AreaShape_Area"] = cell
-    out["Nuclei_Intensity_IntegratedIntensity_DAPI"] = nucleus * table["Nuclei_Intensity_MeanIntensity_DAPI"]
-    for shape, area in (("Nuclei_AreaShape_", nucleus), ("Cells_AreaShape_", cell)):
-        a, b = half_axes(area, table[shape + "Eccentricity"])
+    table["Cells_AreaShape_Area"] = nucleus + table["Cytoplasm_AreaShape_Area"]
+    table["Nuclei_Intensity_IntegratedIntensity_DAPI"] = nucleus * table["Nuclei_Intensity_MeanIntensity_DAPI"]
+    for shape in ("Nuclei_AreaShape_", "Cells_AreaShape_"):
+        a, b = half_axes(table[shape + "Area"], table[shape + "Eccentricity"])
         angle = np.radians(table[shape + "Orientation"])
         sin = np.sin(angle)
         cos = np.cos(angle)
-        out[shape + "MajorAxisLength"] = 2 * a
-        out[shape + "MinorAxisLength"] = 2 * b
-        out[shape + "InertiaTensor_0_0"] = ((a * sin) ** 2 + (b * cos) ** 2) / 4
-        out[shape + "InertiaTensor_1_1"] = ((a * cos) ** 2 + (b * sin) ** 2) / 4
-        out[shape + "InertiaTensor_0_1"] = (b ** 2 - a ** 2) * sin * cos / 4
-    out[NOISE_COLUMNS] = noise
-    return out
+        table[shape + "MajorAxisLength"] = 2 * a
+        table[shape + "MinorAxisLength"] = 2 * b
+        table[shape + "InertiaTensor_0_0"] = ((a * sin) ** 2 + (b * cos) ** 2) / 4
+        table[shape + "InertiaTensor_1_1"] = ((a * cos) ** 2 + (b * sin) ** 2) / 4
+        table[shape + "InertiaTensor_0_1"] = (b ** 2 - a ** 2) * sin * cos / 4
 
 
 def half_axes(area, eccentricity):
@@ -248,13 +242,13 @@ def scatter(k, seed, size):
     """k places (x, y) in a field, APART pixels from each other and far enough from the edge for a crop."""
     random = np.random.default_rng(seed)
     margin = size / 2 + 1           # pixels
-    high = np.array(SPAN[::-1]) + size - margin
+    high = np.add(SPAN[::-1], size - margin)
     places = np.empty((0, 2))
     while len(places) < k:
-        for place in random.uniform(margin, high, (200, 2)):
-            free = ((places - place) ** 2).sum(1) > APART ** 2
-            if len(places) < k and free.all():
-                places = np.vstack([places, place])
+        place = random.uniform(margin, high)
+        apart = np.hypot(*(places - place).T)
+        if (apart > APART).all():
+            places = np.vstack([places, place])
     return places
 
 
@@ -265,7 +259,7 @@ def waves(random, row, col, k, low, high):
     for wave in random.uniform((0, low, 0), (turn, high, turn), (k, len(row), 1, 1, 3)):
         direction, length, phase = np.moveaxis(wave, -1, 0)         # (N, 1, 1) each
         along = row * np.cos(direction) + col * np.sin(direction)
-        total = total + np.sin(along * (turn / length) + phase)
+        total += np.sin(along * (turn / length) + phase)
     return total
 
 
@@ -302,19 +296,29 @@ def draw_cells(table, offset, seed, window=WINDOW):
     in CellProfiler's 0..1, and how much of each pixel the cell covers (N, window, window). offset (N, 2): row and column of the
     nucleus' centre from the middle of the window, pixels. seed: what the parameters leave open (fibres, texture, bumps).
     Mean and standard deviation of the intensities are exact over the drawn compartments."""
-    p = {}                                              # {Mean_DAPI: (N, 1, 1), ...}
-    for name in PARAMETERS:
-        p[short(name)] = table[name].to_numpy()[:, None, None]
+    p = {short(name): table[name].to_numpy()[:, None, None] for name in PARAMETERS}     # {Mean_DAPI: (N, 1, 1), ...}
     grid = np.arange(window) - (window - 1) / 2
     row = grid[:, None] - offset[:, 0, None, None]      # (N, window, 1)
-    col = grid[None, :] - offset[:, 1, None, None]      # (N, 1, window)
+    col = grid - offset[:, 1, None, None]               # (N, 1, window)
     place = np.random.default_rng(seed), row, col
 
     whole = p["Nuclei_Area"] + p["Cytoplasm_Area"]
-    shape = p["Nuclei_Area"], p["Nuclei_Eccentricity"], p["Nuclei_Orientation"]
-    nucleus, q_nucleus = ellipse(*place, *shape, bumps=0.03, soft=3)
-    shape = whole, p["Cells_Eccentricity"], p["Cells_Orientation"]
-    cell, q_cell = ellipse(*place, *shape, bumps=0.07, soft=4)
+    nucleus, q_nucleus = ellipse(
+        *place,
+        p["Nuclei_Area"],
+        p["Nuclei_Eccentricity"],
+        p["Nuclei_Orientation"],
+        bumps=0.03,
+        soft=3,
+    )
+    cell, q_cell = ellipse(
+        *place,
+        whole,
+        p["Cells_Eccentricity"],
+        p["Cells_Orientation"],
+        bumps=0.07,
+        soft=4,
+    )
     cell = np.maximum(cell, nucleus)
     cytoplasm = cell * (1 - nucleus)
 
@@ -322,7 +326,7 @@ def draw_cells(table, offset, seed, window=WINDOW):
     dapi = nucleus * fill(nucleus, chromatin, p["Mean_DAPI"], p["Std_DAPI"])
 
     fibres = -0.5 * np.abs(waves(*place, 3, 16, 34))
-    fibres = fibres - 0.35 * np.abs(waves(*place, 3, 9, 16))
+    fibres -= 0.35 * np.abs(waves(*place, 3, 9, 16))
     tubulin = fill(cytoplasm, fibres - 2.5 * q_cell, p["Mean_Tubulin"], p["Std_Tubulin"])
     tubulin = tubulin * cytoplasm + 0.8 * p["Mean_Tubulin"] * nucleus
 
@@ -332,39 +336,42 @@ def draw_cells(table, offset, seed, window=WINDOW):
     actin = fill(cytoplasm, cortex, p["Mean_Actin"], p["Std_Actin"])
     actin = actin * cytoplasm + 0.7 * p["Mean_Actin"] * nucleus
 
-    pictures = np.stack([dapi, tubulin, actin], 1)
-    return pictures.astype(np.float32), cell.astype(np.float32)
+    pictures = np.stack([dapi, tubulin, actin], 1).astype(np.float32)
+    return pictures, cell.astype(np.float32)
 
 
 def render(table, seed=0, size=SIZE):
     """The simulator as a perfect generator: true parameters -> (N, 3, size, size) float32 in CellProfiler's 0..1, no noise."""
     x, _ = draw_cells(table, np.zeros((len(table), 2)), seed, size)
-    return x + np.array(BACKGROUND, np.float32)[:, None, None]
+    return x + BACKGROUND
 
 
 def simulate_field(table, x, y, seed, size):
     """Simulated cells at x (columns) and y (rows), pixels -> a field (3, H, W) uint16, 12-bit values in the high bits, as BBBC021."""
-    middle = (WINDOW - 1) / 2
-    place = np.stack([y, x], 1) - middle
+    place = np.stack([y, x], 1) - (WINDOW - 1) / 2
     corner = np.floor(place)                            # of each cell's window: row, column
     drawn, covers = draw_cells(table, place - corner, seed)
 
-    margin = WINDOW                                     # for cells that reach beyond the field
-    height, width = np.add(SPAN, size + 2 * margin)
-    canvas = np.zeros((3, height, width), np.float32)
-    for picture, cover, (r, c) in zip(drawn, covers, corner.astype(int) + margin):
+    shape = np.add(SPAN, size + 2 * WINDOW)             # with a margin for cells that reach beyond the field
+    canvas = np.zeros((3, *shape), np.float32)
+    for picture, cover, (r, c) in zip(drawn, covers, corner.astype(int) + WINDOW):
         view = canvas[:, r:r + WINDOW, c:c + WINDOW]
         np.maximum(view[0], picture[0], out=view[0])    # nuclei shine through
         over = view[1:] * (1 - cover) + picture[1:]
         lit = picture[1:].sum(0) > 0
         view[1:] = np.where(lit, over, view[1:])
-    inner = slice(margin, -margin)
-    background = np.array(BACKGROUND, np.float32)[:, None, None]
-    field = canvas[:, inner, inner] + background
+    field = canvas[:, WINDOW:-WINDOW, WINDOW:-WINDOW] + BACKGROUND
     camera = np.random.default_rng(seed).standard_normal(field.shape, dtype=np.float32)
     field = field + NOISE * np.sqrt(1 + 8 * field) * camera             # read-out and photons
     bits = (field.clip(0, 1) * 4095).round()
     return bits.astype(np.uint16) * 16
+
+
+def simulated_fields(cells, table, seed):
+    """For each field the rows of its cells, and what `simulate_field` draws it from: (rows, (table, x, y, seed))."""
+    for rows in cells.groupby("field", sort=False).indices.values():
+        x, y = cells.loc[rows, ["x", "y"]].to_numpy().T
+        yield rows, (table.loc[rows], x, y, [seed, 5, rows[0]])
 
 
 def write_release(folder, n, seed, size):
@@ -374,28 +381,25 @@ def write_release(folder, n, seed, size):
     export.mkdir(parents=True)
     per_field = cells.groupby("field", sort=False)
     fields = per_field.head(1).reset_index(drop=True)
+    image = pd.DataFrame({"ImageNumber": fields.index + 1})
     week = fields["plate"].str.split("_").str[0]
-    files = pd.DataFrame(index=fields.index + 1).rename_axis("ImageNumber")
     for name, wave in zip(CHANNELS, ("w1", "w2", "w4")):
-        files[f"FileName_{name}"] = (fields["field"] + f"_{wave}.tif").to_numpy()
-        files[f"PathName_{name}"] = (week + "/" + fields["plate"]).to_numpy()
-    write_csv(files.reset_index(), export / "Image.csv")
+        image[f"FileName_{name}"] = fields["field"] + f"_{wave}.tif"
+        image[f"PathName_{name}"] = week + "/" + fields["plate"]
+    write_csv(image, export / "Image.csv")
 
-    image = files.add_prefix("Image_").reset_index()
-    image.insert(0, "TableNumber", 0)
-    told = fields.rename(columns=RELEASED)[list(RELEASED.values())]
-    write_csv(image.join(told), folder / "BBBC021_v1_image.csv", float_format="%.6f")
+    released = image.set_index("ImageNumber").add_prefix("Image_").reset_index()
+    released.insert(0, "TableNumber", 0)
+    told = fields[list(RELEASED)].set_axis(RELEASED.values(), axis=1)
+    write_csv(released.join(told), folder / "BBBC021_v1_image.csv", float_format="%.6f")
     moa = fields[["compound", "concentration", "moa"]].drop_duplicates()
     write_csv(moa, folder / "BBBC021_v1_moa.csv", lineterminator="\r")          # as the real one
 
-    for i, rows in enumerate(per_field.indices.values()):
-        x, y = cells.loc[rows, ["x", "y"]].to_numpy().T
-        pixels = simulate_field(table.loc[rows], x, y, [seed, 5, rows[0]], size)
-        plate = folder / "images" / image["Image_PathName_DAPI"][i]
+    for i, (_, what) in enumerate(simulated_fields(cells, table, seed)):
+        plate = folder / "images" / image["PathName_DAPI"][i]
         plate.mkdir(parents=True, exist_ok=True)
-        for name, channel in zip(CHANNELS, pixels):
-            file = plate / image[f"Image_FileName_{name}"][i]
-            Image.fromarray(channel).save(file)
+        for name, channel in zip(CHANNELS, simulate_field(*what, size)):
+            Image.fromarray(channel).save(plate / image[f"FileName_{name}"][i])
 
     # As in real exports the numbers of cells and cytoplasms are not those of their nuclei: Parent_ columns tell
     nucleus = per_field.cumcount() + 1
@@ -481,7 +485,7 @@ def is_sqlite(path):
 
 def query(path, text, dtype=None):
     """What a SQLite file answers, in frames of ROWS."""
-    uri = f"file:{quote(str(path.resolve()))}?mode=ro"
+    uri = path.resolve().as_uri() + "?mode=ro"
     try:
         with closing(sqlite3.connect(uri, uri=True)) as sql:
             yield from pd.read_sql(text, sql, dtype=dtype, chunksize=ROWS)
@@ -490,27 +494,24 @@ def query(path, text, dtype=None):
 
 
 def list_tables(path):
-    """The tables of one export: [(name in lower case, name of the table or file)]; a combined CSV is called object."""
+    """The tables of one export: {table or file: its name in lower case}; a combined CSV is called object."""
     if path.is_file():
         text = "select name from sqlite_master where type in ('table', 'view')"
         names = pd.concat(query(path, text))["name"]
-        return list(zip(names.str.lower(), names))
-    tables = []
+        return dict(zip(names, names.str.lower()))
+    tables = {}
     for file in filter(is_table, sorted(path.iterdir())):
-        name = file.stem.lower()
-        if is_combined(file):
-            name = "object"
-        tables.append((name, file.name))
+        tables[file.name] = "object" if is_combined(file) else file.stem.lower()
     return tables
 
 
-def find_tables(named, objects, where):
-    """[(name in lower case, table)] -> {Image, Nuclei, ...: table}. Names may have a prefix: MyExpt_Nuclei, MyExpt_Per_Nuclei."""
+def find_tables(names, objects, where):
+    """{table: name in lower case} -> {Nuclei, ..., Image: table}. Names may have a prefix: MyExpt_Nuclei, MyExpt_Per_Nuclei."""
     tables = {}
-    for kind in ("Image", "Object", *objects.values()):
-        found = []
-        for prefix in ("", ".*_"):          # the name alone goes before names with a prefix
-            found = found or [table for name, table in named if re.fullmatch(prefix + kind.lower(), name)]
+    for kind in (*objects.values(), "Object", "Image"):
+        name = kind.lower()
+        found = [table for table in names if names[table] == name]      # goes before names with a prefix
+        found = found or [table for table in names if names[table].endswith("_" + name)]
         if len(found) > 1:
             raise InputError(f"{where}: {found[0]} and {found[1]} could both be {kind}; keep one")
         if found:
@@ -536,20 +537,17 @@ def check_rows(path):
 def read_parts(path, table, owner, dtype=None):
     """The rows of one export's table in frames of ROWS, their columns named after `owner` or as a combined CSV says."""
     if path.is_file():
-        return query(path, f'select * from "{table}"', dtype)
+        yield from query(path, f'select * from "{table}"', dtype)
+        return
     file = path / table
     check_rows(file)
-    options = {
-        "chunksize": ROWS,
-        "dtype": dtype,
-        "keep_default_na": not dtype,
-        "low_memory": False,
-    }
-    if is_combined(file):
-        parts = pd.read_csv(file, header=[0, 1], **options)
-        return (part.set_axis(part.columns.map("_".join), axis=1) for part in parts)
-    parts = pd.read_csv(file, **options)
-    return (part.add_prefix(owner + "_") for part in parts)
+    header = [0, 1] if is_combined(file) else 0
+    options = {"chunksize": ROWS, "keep_default_na": not dtype, "low_memory": False}
+    for part in pd.read_csv(file, header=header, dtype=dtype, **options):
+        if part.columns.nlevels > 1:
+            yield part.set_axis(part.columns.map("_".join), axis=1)
+        else:
+            yield part.add_prefix(owner + "_")
 
 
 def plain_name(column, objects):
@@ -573,11 +571,9 @@ def join_parts(parts, where, objects, keep, dropped):
         part = part.set_axis([plain_name(c, objects) for c in part], axis=1)
         features, others, _ = sort_columns(part, keep)
         dropped.update(others)
-        dtypes = dict.fromkeys(features, np.float32)
-        for c in part:
-            if re.fullmatch(rf"[A-Za-z]+Number|[A-Za-z]+_({PLACE})", c):
-                dtypes[c] = float
-        part = part.loc[:, part.columns.isin(dtypes)]
+        is_place = part.columns.str.fullmatch(rf"[A-Za-z]+Number|[A-Za-z]+_({PLACE})")
+        dtypes = dict.fromkeys(features, np.float32) | dict.fromkeys(part.columns[is_place], float)
+        part = part[list(dtypes)]
         if part.columns.has_duplicates:
             raise InputError(f"{where}: ImageNumber or ObjectNumber stands twice; remove one")
         frames.append(numbers(part, where, row).astype(dtypes))
@@ -589,20 +585,18 @@ def read_tables(path, objects, keep, dropped):
     """One export -> (its Image table as text, {object: frame})."""
     found = list_tables(path)
     tables = find_tables(found, objects, path)
+    image = tables.pop("Image", None)
     frames = {}
-    for owner in (*objects.values(), "Object"):
-        if owner not in tables:
-            continue
-        parts = read_parts(path, tables[owner], owner)
-        frame = join_parts(parts, f"{path}, {tables[owner]}", objects, keep, dropped)
+    for owner, table in tables.items():
+        parts = read_parts(path, table, owner)
+        frame = join_parts(parts, f"{path}, {table}", objects, keep, dropped)
         for o in OBJECTS:
             if frame.columns.str.startswith(o + "_").any():
                 frames.setdefault(o, frame)
-    if "Nuclei" not in frames or "Image" not in tables:
-        names = ", ".join(table for _, table in found) or "none"
-        raise InputError(f"{path}: expected the tables Image and {objects['Nuclei']}, found {names}; "
+    if "Nuclei" not in frames or not image:
+        raise InputError(f"{path}: expected the tables Image and {objects['Nuclei']}, found {list(found)}; "
                          "objects of other names: --objects Nuclei=...,Cells=...,Cytoplasm=...")
-    images = pd.concat(read_parts(path, tables["Image"], "Image", object), ignore_index=True).copy()
+    images = pd.concat(read_parts(path, image, "Image", object), ignore_index=True).copy()
     images.columns = images.columns.str.replace("^(Image_)+", "", regex=True)
     return images, frames
 
@@ -667,7 +661,7 @@ def find_nuclei(frame, o, ways, where):
     """The row of the nucleus of each object (-1: none), and which objects are absent: a cell without cytoplasm leaves a row."""
     by = [c for c in ways if c in frame]
     if not by:
-        found = ", ".join(frame.filter(like="Parent_")) or "none"
+        found = list(frame.filter(like="Parent_"))
         raise InputError(f"{where}: {o} has no {' or '.join(ways)}, and numbers do not pair objects; "
                          f"found {found}; export that column, too, or give --objects")
     parent = frame[by[0]]
@@ -761,15 +755,14 @@ def name_fields(images, channel):
 
 def find_exports(path, objects):
     """The exports at or below `path`: folders with a table of that name; other CSVs may lie beside them."""
-    ends = tuple(name.lower() for name in (*objects.values(), "Object"))
+    objects = "|".join([*objects.values(), "Object"])
     folders = set()
     for file in filter(is_table, path.rglob("*")):
-        name = file.stem.lower()
-        if name == "image" or name.endswith(ends):
+        if re.fullmatch(f"Image|.*({objects})", file.stem, re.IGNORECASE):
             folders.add(file.parent)
-    if path in folders:
+    if path in folders or not folders:
         return [path]
-    return sorted(folders) or [path]
+    return sorted(folders)
 
 
 def read_export(path, channel=CHANNELS[0], keep=None, skip_bad=False, objects=None):
@@ -802,7 +795,7 @@ def read_export(path, channel=CHANNELS[0], keep=None, skip_bad=False, objects=No
                 raise
             report.append(f"skipped {error}")
     if not any(len(cells) for _, cells, _ in exports):
-        raise InputError("; ".join([f"{path}: no cell in it can be read", *report[-1:]]))
+        raise InputError(f"{path}: no cell in it can be read {report[-1:]}")
     images, cells, values = (pd.concat(parts, ignore_index=True) for parts in zip(*exports))
 
     images = images.fillna("").astype(str)
@@ -838,6 +831,13 @@ def read_table(path, channel=CHANNELS[0], objects=None):
 # Sources: simulation, crops and fields each become one of these; what comes after does not know which it was
 
 
+def listed(cells, what):
+    """[How many cells (a column of names) there are of a kind, and the first], or [] if there are none."""
+    if cells.empty:
+        return []
+    return [f"{len(cells)} {what}, first: {cells.iloc[0]}"]
+
+
 @dataclass
 class Source:
     """N cells and where their patches are. A job is a piece of reading, a field or a run of crops: (rows of `cells`, what).
@@ -855,22 +855,15 @@ def simulation(n, seed, channels, size, keep):
     """n simulated cells, drawn in the named channels; keep: a regular expression, only features that match."""
     cells, table = simulate_table(n, seed, size)
     names, dropped, _ = sort_columns(table.columns, keep)
-    jobs = []
-    for rows in cells.groupby("field", sort=False).indices.values():
-        x, y = cells.loc[rows, ["x", "y"]].to_numpy().T
-        what = table.loc[rows], x, y, [seed, 5, rows[0]]
-        jobs.append((rows, what))
     order = [CHANNELS.index(channel) for channel in channels]
-    read = partial(read_simulated, order=order, size=size)
-    values = table[names].to_numpy(np.float32)
     return Source(
         cells,
         names,
-        values,
+        table[names].to_numpy(np.float32),
         dropped,
         [],
-        jobs,
-        read,
+        list(simulated_fields(cells, table, seed)),
+        partial(read_simulated, order=order, size=size),
     )
 
 
@@ -885,9 +878,8 @@ def cut(field, x, y, size=SIZE):
     """Crops (n, C, size, size) uint16 of a field (C, H, W) round x (columns), y (rows), all inside.
     The pixel that the centre lies in becomes pixel size // 2."""
     patches = np.empty((len(x), len(field), size, size), np.uint16)
-    top = np.floor(y).astype(int) - size // 2
-    left = np.floor(x).astype(int) - size // 2
-    for patch, r, c in zip(patches, top, left):
+    corner = np.floor([y, x]).astype(int) - size // 2
+    for patch, r, c in zip(patches, *corner):
         patch[:] = field[:, r:r + size, c:c + size]
     return patches
 
@@ -896,8 +888,6 @@ def cut(field, x, y, size=SIZE):
 
 KEY = "Single_Cell_Image_Id"
 CROPS_AT_ONCE = 256         # files in a job
-ROWS_AT_ONCE = 20_000       # of the table of features
-EMPTY = ["", "nan", "NaN", "NA", "null", "None"]
 
 
 def crops(folder, features, channels, stored, size, keep):
@@ -916,10 +906,8 @@ def crops(folder, features, channels, stored, size, keep):
 
     row = pd.Index(table[KEY]).get_indexer(metadata[KEY])
     matched = row >= 0
-    report = [f"{matched.sum()} cells matched, {len(names)} features; metadata columns: {', '.join(other)}"]
-    absent = metadata[KEY][~matched]
-    if len(absent):
-        report.append(f"{len(absent)} cells of {described} have no row in {features}, first: {absent.iloc[0]}")
+    report = [f"{matched.sum()} cells matched, {len(names)} features; metadata columns: {other}"]
+    report += listed(metadata[KEY][~matched], f"cells of {described} have no row in {features}")
     if not matched.any():
         raise InputError(f"{report[-1]}, but e.g. {table[KEY][0]}: 0 cells matched")
     cells = annotate(metadata[matched].reset_index(drop=True))
@@ -932,7 +920,6 @@ def crops(folder, features, channels, stored, size, keep):
     for rows in in_chunks(np.arange(len(files)), CROPS_AT_ONCE):
         jobs.append((rows, files[rows].to_numpy()))
     order = [stored.index(channel) for channel in channels]
-    read = partial(read_crops, order=order, shape=(size, size, len(stored)))
     return Source(
         cells,
         names,
@@ -940,7 +927,7 @@ def crops(folder, features, channels, stored, size, keep):
         dropped,
         report,
         jobs,
-        read,
+        partial(read_crops, order=order, shape=(size, size, len(stored))),
     )
 
 
@@ -953,10 +940,8 @@ def read_features(path, names, other):
     parts = pd.read_csv(
         path,
         dtype=dict.fromkeys(other, str),
-        na_values=dict.fromkeys(names, EMPTY),
-        keep_default_na=False,
         encoding="utf-8-sig",
-        chunksize=ROWS_AT_ONCE,
+        chunksize=ROWS,
     )
     try:
         for part in parts:
@@ -1002,9 +987,7 @@ def fields(folder, export, image_csv, channels, size, keep, skip_bad, objects):
     if image_csv:
         here = [row[0] for row in files]
         told = read_image_csv(image_csv, images, channels[0], here)
-        told = told.reindex(here).fillna("")
-        told = told.iloc[cells["image"]].reset_index(drop=True)
-        cells = cells[["cell", "field", "image", "x", "y"]].join(told)
+        cells = cells[["cell", "field", "image", "x", "y"]].join(told, on="image")
 
     shape = np.full((len(files), 2), np.inf)            # height, width
     for i in cells["image"].unique():
@@ -1016,17 +999,13 @@ def fields(folder, export, image_csv, channels, size, keep, skip_bad, objects):
     corner = np.floor(cells[["y", "x"]]) - size // 2
     inside = (corner >= 0) & (corner + size <= shape[cells["image"]])
     inside = inside.all(axis=1)
-    beyond = cells["cell"][~inside]
-    if len(beyond):
-        report.append(f"{len(beyond)} cells lie less than half a crop from the edge of their field: "
-                      f"left out, first: {beyond.iloc[0]}")
+    report += listed(cells["cell"][~inside], "cells lie less than half a crop from the edge of their field: left out")
     cells = cells[inside].reset_index(drop=True)
 
     jobs = []
     for i, rows in cells.groupby("image").indices.items():
         x, y = cells.loc[rows, ["x", "y"]].to_numpy().T
         jobs.append((rows, (files[i], x, y)))
-    read = partial(read_field, size=size)
     return Source(
         cells,
         exported.names,
@@ -1034,12 +1013,12 @@ def fields(folder, export, image_csv, channels, size, keep, skip_bad, objects):
         exported.dropped,
         report,
         jobs,
-        read,
+        partial(read_field, size=size),
     )
 
 
 def read_image_csv(path, images, channel, here):
-    """What BBBC021_v1_image.csv tells of the images `here` (a list of files of `channel`): a frame by file."""
+    """What BBBC021_v1_image.csv tells of the images `here` (a list of files of `channel`): a frame, a row for each of them."""
     table = read_csv(path, dtype=str)
     told = annotate(table).drop(columns=["cell", "field"], errors="ignore")
     told.index = [file for file, in images.of(table, [channel], path)]
@@ -1047,7 +1026,7 @@ def read_image_csv(path, images, channel, here):
     if told.empty or told.index.has_duplicates:
         raise InputError(f"{path}: {len(told)} rows are of the {len(here)} images, first {here[0].name}; "
                          "expected one for each")
-    return told
+    return told.reindex(here).fillna("").reset_index(drop=True)
 
 
 def read_field(what, wanted, size):
@@ -1068,8 +1047,8 @@ class Images:
         self.paths = {}             # {name in lower case: [paths]}
         for path in sorted(self.folder.rglob("*.*")):
             name = path.name.lower()
-            aside = name.startswith(".") or "thumb" in str(path.relative_to(folder)).lower()
-            if name.endswith((".tif", ".tiff")) and not aside:
+            thumb = "thumb" in str(path.relative_to(folder)).lower()
+            if re.fullmatch(r"[^.].*\.tiff?", name) and not thumb:
                 self.paths.setdefault(name, []).append(path)
         if not self.paths:
             raise InputError(f"{folder}: no .tif or .tiff in it or below; "
@@ -1080,16 +1059,16 @@ class Images:
         (PathName_, of any system) tells which; those that cannot be told apart are refused."""
         hits = self.paths.get(name.lower(), [self.folder / name])
         wanted = re.split(r"[/\\]+", folder.lower().rstrip("/\\"))
-        agreeing = {}               # {how many folders agree, from the last on: paths}
-        for path in hits:
+
+        def agreeing(path):             # how many folders agree, from the last on
             own = path.resolve().as_posix().lower().split("/")
-            agree = os.path.commonprefix([own[-2::-1], wanted[::-1]])
-            agreeing.setdefault(len(agree), []).append(path)
-        best = agreeing[max(agreeing)]
-        if len(best) > 1:
-            raise InputError(f"{best[0]} and {best[1]} have one name, and PathName_ {folder!r} does not "
+            return len(os.path.commonprefix([own[-2::-1], wanted[::-1]]))
+
+        best, *others = sorted(hits, key=agreeing, reverse=True)
+        if others and agreeing(best) == agreeing(others[0]):
+            raise InputError(f"{best} and {others[0]} have one name, and PathName_ {folder!r} does not "
                              "tell which is meant; give --images the folder with one of them")
-        return best[0]
+        return best
 
     def of(self, table, channels, where):
         """The files of each row of an Image table, in the order of `channels`; one that is named for two of them is refused."""
@@ -1097,9 +1076,9 @@ class Images:
         columns = []
         for channel in channels:
             names = table.get(f"FileName_{channel}")
-            if names is None or (names == "").any():
-                raise InputError(f"{where}: has no FileName_{channel} for every field, "
-                                 f"but {list(table)}; see --channels")
+            if names is None or "" in set(names):
+                found = list(table.filter(like="FileName_"))
+                raise InputError(f"{where}: has no FileName_{channel} for every field, but {found}; see --channels")
             folders = table.get(f"PathName_{channel}", [""] * len(table))
             columns.append(list(map(self.find, names, folders)))
         rows = list(zip(*columns))
@@ -1184,22 +1163,20 @@ def group_fields(folder, image_csv, channels):
         if not groups:
             raise InputError(f"{image_csv}: none of its images is below {folder}, first {named[0][0].name}")
         return groups
-    fields = {}                     # {(folder, name up to _w): {number: [paths]}}
+    fields = {}                     # {(folder, name up to _w): [(number, path)]}
     for paths in images.paths.values():
         for path in paths:
             match = re.match(r"(.+)_w(\d)", path.stem)
             if match:
-                waves = fields.setdefault((path.parent, match[1]), {})
-                waves.setdefault(match[2], []).append(path)
+                fields.setdefault((path.parent, match[1]), []).append((match[2], path))
     if not fields:
         raise InputError(f"{folder}: no field; expected files named ..._w1..., _w2..., _w4..., "
                          "or give --image-csv")
     groups = []
-    for waves in fields.values():
-        files = sum(waves.values(), [])             # paths are sorted, and so are the numbers
-        if len(files) != len(channels) or len(waves) < len(files):
-            raise InputError(f"{files[0]}: {len(files)} files share its name up to _w, "
-                             f"of numbers {list(waves)}; "
+    for found in fields.values():
+        waves, files = zip(*found)                  # paths are sorted, and so are the numbers
+        if len(files) != len(channels) or len(set(waves)) < len(files):
+            raise InputError(f"{files[0]}: {len(files)} files share its name up to _w, of numbers {waves}; "
                              f"expected one for each of {channels}")
         groups.append(files)
     return groups
@@ -1227,13 +1204,12 @@ def measure_field(number, files, target, channels, skip_bad):
         image[f"FileName_{channel}"] = file.name
         image[f"PathName_{channel}"] = file.parent.resolve().as_posix()
 
-    work = target.with_name(f".{target.name}-{os.getpid()}")
+    work = target.with_name("." + target.name)      # of a call that was interrupted, too
     work.mkdir(parents=True, exist_ok=True)
     write_csv(image, work / "Image.csv")
     for name, own in (("Nuclei", placed), ("Cells", keys), ("Cytoplasm", keys)):
         write_objects(own, features, work, name, float_format="%.8g")
-    if not target.exists():         # another preparation may have been faster
-        os.replace(work, target)
+    os.replace(work, target)
 
 
 def measure_objects(field, nuclei, cells, channels):
@@ -1242,25 +1218,22 @@ def measure_objects(field, nuclei, cells, channels):
     margin = WINDOWS[-1]
     layers = np.concatenate([field, [nuclei, cells]]).astype(np.uint16)
     layers = np.pad(layers, ((0, 0), (margin, margin), (margin, margin)))
-    sizes = {side: [] for side in WINDOWS}                  # {side: [(label, square)]}
-    for label, (rows, columns) in enumerate(ndi.find_objects(cells), 1):
-        extent = max(rows.stop - rows.start, columns.stop - columns.start)
-        if extent > margin:                                 # larger than any square: left out
-            continue
-        side = min(side for side in WINDOWS if side >= extent)
-        top = margin + (rows.start + rows.stop) // 2 - side // 2
-        left = margin + (columns.start + columns.stop) // 2 - side // 2
-        square = layers[:, top:top + side, left:left + side]
-        sizes[side].append((label, square))
+    bounds = []
+    for rows, columns in ndi.find_objects(cells):
+        bounds.append((rows.start, columns.start, rows.stop, columns.stop))
+    start, stop = np.reshape(bounds, (-1, 2, 2)).swapaxes(0, 1)         # (N, 2) each: row, column
+    y, x = np.transpose((start + stop) // 2 + margin)
+    least = np.searchsorted(WINDOWS, (stop - start).max(1))             # the smallest square that holds the object
     tables = [pd.DataFrame()]
-    for found in sizes.values():
-        if not found:
-            continue
-        labels, squares = map(np.array, zip(*found))
-        own = squares[:, -2:] == labels[:, None, None, None]
-        masks = NUCLEUS * own[:, 0] + CELL * own[:, 1]
-        names, values = data.measure(squares[:, :-2], masks.astype(np.uint8), channels)
-        tables.append(pd.DataFrame(values, labels, names))
+    for i, side in enumerate(WINDOWS):
+        here = np.flatnonzero(least == i)
+        if len(here):
+            label = here + 1
+            squares = cut(layers, x[here], y[here], side)
+            own = squares[:, -2:] == label[:, None, None, None]
+            masks = NUCLEUS * own[:, 0] + CELL * own[:, 1]
+            names, values = data.measure(squares[:, :-2], masks.astype(np.uint8), channels)
+            tables.append(pd.DataFrame(values, label, names))
     return pd.concat(tables).sort_index()
 
 
@@ -1279,20 +1252,18 @@ def split_cells(cells, by, seed):
     """A split for each cell, no group on both sides: groups are shuffled by the seed and go to the split furthest below its share.
     `by`: cell (the paper, whose neighbours in a field then stand on both sides), field, well, plate or compound. A group with over
     10 % of all cells always trains. Returns (N,) names; InputError where a split would be empty."""
-    name = cells.index if by == "cell" else cells[by]
-    if by == "well":
-        name = cells["plate"] + " " + cells["well"]
-    group = pd.factorize(name)[0]
+    unit = ["plate", "well"] if by == "well" else by
+    group = cells.groupby(unit, sort=False).ngroup()
     size = np.bincount(group)
     large = size > 0.1 * len(cells)
-    target = np.array(list(SHARES.values()))
+    target = np.array([0.8, 0.1, 0.1])              # paper, section 4.1
     have = np.array([size[large].sum(), 0, 0])      # cells in train, val, test
     side = np.zeros(len(size), int)
     for g in np.random.default_rng(seed).permutation(len(size)):
         if not large[g]:
             side[g] = np.argmax(target - have / len(cells))
             have[side[g]] += size[g]
-    names = np.array(list(SHARES))
+    names = np.array(["train", "val", "test"])
     if not have.all():
         raise InputError(f"--split {by}: {len(size)} groups leave no cell for {names[have == 0]} (one of over "
                          "10 % of the cells always trains); use a finer --split or more cells")
@@ -1315,12 +1286,13 @@ def column_moments(values, rows):
     for chunk in in_chunks(rows):
         block = np.asarray(values[chunk], np.float64, order="F")        # summed column by column
         count += np.isfinite(block).sum(0)
-        total += np.where(np.isfinite(block), block, 0).sum(0)
-    mean = total / np.maximum(count, 1)
+        total += np.nansum(block, 0)
+    least_one = np.maximum(count, 1)
+    mean = total / least_one
     for chunk in in_chunks(rows):
         block = np.asarray(values[chunk], np.float64, order="F")
-        square += (np.where(np.isfinite(block), block - mean, 0) ** 2).sum(0)
-    return count, mean, np.sqrt(square / np.maximum(count, 1))
+        square += np.nansum((block - mean) ** 2, 0)
+    return count, mean, np.sqrt(square / least_one)
 
 
 def columns_to_drop(values, names, moments, drop_duplicates):
@@ -1438,11 +1410,9 @@ def white_levels(path, rows):
     for chunk in in_chunks(rows):
         for k, channel in enumerate(patches[chunk].swapaxes(0, 1)):
             count[k] += np.bincount(channel.ravel(), minlength=FULL_SCALE + 1)
-    white = []
-    for below in count.cumsum(1):
-        level = int(np.searchsorted(below, WHITE * below[-1]))
-        white.append(max(level, 1))
-    return white
+    below = count.cumsum(1)
+    white = (below < WHITE * below[:, -1:]).sum(1)
+    return white.clip(1).tolist()
 
 
 def write_folder(out, source, cells, stay, channels, size, options, workers, skip_bad):
@@ -1456,8 +1426,8 @@ def write_folder(out, source, cells, stay, channels, size, options, workers, ski
     # Cells that stay: those with a measurement and a readable patch
     measured = np.isfinite(source.values).any(1)
     lacking = cells["cell"][stay & ~measured]
-    if len(lacking):
-        print(f"{len(lacking)} cells without measurements dropped, first: {lacking.iloc[0]}")
+    for line in listed(lacking, "cells without measurements dropped"):
+        print(line)
     shape = len(channels), size, size
     rows, bad = write_patches(work / "patches.npy", source, stay & measured, shape, workers, skip_bad)
     if bad:
@@ -1473,6 +1443,7 @@ def write_folder(out, source, cells, stay, channels, size, options, workers, ski
     values = source.values[rows]
     if options["normalise"] == "plate-dmso":
         values = in_plate_units(values, cells)
+    values[np.isinf(values)] = np.nan
     moments = column_moments(values, train)
     dropped = source.dropped | columns_to_drop(values, source.names, moments, options["drop_duplicates"])
     column = [j for j, name in enumerate(source.names) if name not in dropped]
@@ -1527,15 +1498,12 @@ def describe(folder):
     counts = folder.meta["counts"].copy()
     split = counts.pop("split")
     counts = ", ".join(f"{k} {name}" for name, k in counts.items())
-    cells = pd.DataFrame({"treatment": folder.treatment, "split": folder.cells["split"]})
-    trained = cells.loc[cells["split"] == "train", "treatment"]
-    absent = np.delete(folder.treatments, trained.unique())
-    imputed = sum(folder.meta["imputed"].values())
-    clipped = sum(folder.meta["clipped"].values())
+    trained = np.unique(folder.treatment[folder.rows("train")])
+    absent = np.delete(folder.treatments, trained)
     return (f"{folder.path}: {counts}\n"
             f"  split: {split}; {len(absent)} treatments absent from training: {', '.join(absent[:5]) or 'none'}\n"
-            f"  {len(folder.features)} features, normalise {folder.normalise}; meta.json says why others are not\n"
-            f"  {imputed} values were missing and are the centre now; {clipped} lie beyond {CLIP:g} sd")
+            f"  {len(folder.features)} features, normalise {folder.normalise}; meta.json says why others are not, "
+            f"how many values were missing (imputed) or lie beyond {CLIP:g} sd (clipped)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1546,9 +1514,9 @@ def excluded(cells, path):
     """Which cells (N,) bool a CSV names. It has some of the columns of cells.csv; a row is a combination."""
     table = read_csv(path, dtype=str)
     columns = list(table)
-    if table.empty or not set(columns) <= set(cells):
-        raise InputError(f"{path}: has columns {columns} and {len(table)} rows, expected some of "
-                         f"{list(cells)}, and a row for each combination")
+    if not set(columns) <= set(cells):
+        raise InputError(f"{path}: has columns {columns}, expected some of {list(cells)}, "
+                         "and a row for each combination")
     table = table.reindex(columns=cells.columns, fill_value="")
     table, _ = data.complete_treatments(table)          # doses as numbers, dmso as DMSO
     named = pd.MultiIndex.from_frame(table[columns])
@@ -1563,12 +1531,12 @@ def choose_cells(cells, exclude, limit, seed):
         stay = ~excluded(cells, exclude)
         report.append(f"{len(cells) - stay.sum()} cells excluded by {exclude}")
     left = np.flatnonzero(stay)
+    if not len(left):
+        raise InputError("no cell is left after --exclude")
     if limit and limit < len(left):
         stay[:] = False
         stay[np.random.default_rng([seed, 4]).choice(left, limit, replace=False)] = True
         report.append(f"{limit} of {len(left)} cells drawn by --limit")
-    if not len(left):
-        raise InputError("no cell is left after --exclude")
     return stay, report
 
 
@@ -1593,7 +1561,7 @@ def name_list(text):
 def at_least(least):
     """An argparse type: a whole number of `least` or more."""
     def number(text):
-        if not text.isdigit() or int(text) < least:
+        if int(text) < least:                           # argparse refuses what is no number
             raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of {least} or more")
         return int(text)
     return number
