@@ -26,7 +26,8 @@ CLIP = 10.0  # standard deviations: a standardised measurement is clipped to -CL
 HIDDEN_MAPS = 4  # of the discriminator, compared by the learned metric
 FORMAT = "cp2image-3"  # of a checkpoint
 OLD_FORMAT = "cp2image-2"  # the same weights; plate-dmso was another normalisation there
-ABOUT_A_CELL = "cell field plate well site replicate compound concentration moa x y split".split()  # beside its features
+# Columns of a cell beside its features
+ABOUT_A_CELL = "cell field plate well site replicate compound concentration moa x y split".split()
 KINDS = ("cp2image", "vae", "vaeplus", "lsgan", "dcgan", "wgan")
 
 
@@ -65,7 +66,8 @@ class BatchNorm(nn.Module):
             return F.batch_norm(x, *running, self.weight, self.bias, False, 0.0, EPS)
         var, mean = torch.var_mean(x[:moments_of], (0, 2, 3), correction=0)  # (C,), (C,)
         self.update_running(mean, var)
-        x = (x - mean[:, None, None]) / (var[:, None, None] + EPS).sqrt()
+        sd = (var + EPS).sqrt()
+        x = (x - mean[:, None, None]) / sd[:, None, None]
         return x * self.weight[:, None, None] + self.bias[:, None, None]
 
     @torch.no_grad()
@@ -322,12 +324,13 @@ def build_discriminator(kind, n_channels=3, size=SIZE, spectral_norm=True, batch
     return Discriminator(n_channels, spectral_norm, batch_norm)
 
 
-def networks(kind, n_features, n_channels=3, size=SIZE, spectral_norm=True, d_batch_norm=True, latent=256, seed=0):
+def networks(kind, n_features, n_channels=3, size=SIZE, spectral_norm=True, d_batch_norm=True, latent=256,
+             seed=0):
     """Generator and discriminator (None: it has none) of a model, each initialised from a random stream of its own.
     InputError where pictures are too small for four 5x5 convolutions and three halvings, which end at 1 pixel from 68."""
     if size < SIZE and kind not in ("lsgan", "dcgan", "wgan"):
         raise InputError(f"model {kind}: pictures of {size} x {size} pixels, its layers need {SIZE} or more; "
-                         f"prepare with --size {SIZE}, or train lsgan, dcgan or wgan")
+                         "prepare larger ones, or train lsgan, dcgan or wgan")
     torch.manual_seed(seed)
     G = build_generator(kind, n_features, n_channels, size, latent)
     torch.manual_seed(seed + 1)
@@ -376,13 +379,14 @@ def read_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; train one with: python train.py --data out/") from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        first = str(error).strip().split("\n")[0][:120]
-        raise InputError(f"{path}: not a readable checkpoint of train.py ({first}); it may be cut short: "
-                         "use an older one") from None
+        first, *_ = str(error).strip().split("\n")
+        raise InputError(f"{path}: not a readable checkpoint of train.py ({first[:120]}); "
+                         "it may be cut short: use an older one") from None
     known = isinstance(state, dict) and state.get("format") in (FORMAT, OLD_FORMAT)
     if not known:
-        raise InputError(f"{path}: a torch file, but not a checkpoint of this train.py (expected its key 'format' "
-                         f"to be {FORMAT}); train it again")
+        raise InputError(f"{path}: a torch file, but not a checkpoint of this train.py "
+                         f"(expected its key 'format' to be {FORMAT}); "
+                         "train it again")
     if state["format"] == OLD_FORMAT and state["normalise"] == "plate-dmso":
         raise InputError(f"{path}: was trained with an older --normalise plate-dmso; prepare and train again")
     return state
@@ -396,8 +400,8 @@ def build(state):
     spectral_norm = settings["spectral_norm"] == "on"
     batch_norm = settings["d_batch_norm"] == "on"
     with torch.random.fork_rng(devices=[]):
-        return networks(state["model"], n_features, n_channels, state.get("size", SIZE), spectral_norm, batch_norm,
-                        settings["latent"])
+        size = state.get("size", SIZE)
+        return networks(state["model"], n_features, n_channels, size, spectral_norm, batch_norm, settings["latent"])
 
 
 def load_weights(net, weights, path):
@@ -405,7 +409,8 @@ def load_weights(net, weights, path):
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
-        difference = " ".join(str(error).split("\n")[1:2]).strip()
+        lines = str(error).split("\n")
+        difference = lines[1].strip()
         raise InputError(f"{path}: its weights do not fit the network as model.py has it now ({difference}); "
                          "train it again, or take the change back") from None
 
@@ -422,8 +427,9 @@ def load(path, device="cpu"):
     load_weights(G, state["G"] if averaged is None else averaged, path)
     G = G.to(device).eval()
     if torch.device(device).type == "cpu" and G.takes == "features":
-        two_cells = torch.linspace(-2, 2, 2 * len(state["features"])).view(2, -1)
-        G = faster(G, two_cells)
+        n_features = len(state["features"])
+        two_cells = torch.linspace(-2, 2, 2 * n_features)
+        G = faster(G, two_cells.view(2, n_features))
     for name in ("model", "features", "channels", "normalise", "image_norm", "white", "step", "identity"):
         setattr(G, name, state[name])
     G.size = state.get("size", SIZE)
@@ -467,17 +473,20 @@ def table_values(G, table):
     InputError: no table, a missing column (named), text in a feature column, or a model trained in DMSO sd of each plate
     (--normalise plate-dmso) and a table that is not."""
     if not hasattr(table, "columns"):
-        raise InputError(f"expected a pandas table with CellProfiler's column names, found {type(table).__name__}; "
+        raise InputError("expected a pandas table with CellProfiler's column names, "
+                         f"found {type(table).__name__}; "
                          "prepare_bbbc021.read_table reads one")
     columns = set(table.columns)
     absent = [name for name in G.features if name not in columns]
     if absent:
-        raise InputError(f"{len(absent)} of the model's {len(G.features)} features are not in the table, first: "
-                         f"{', '.join(absent[:5])}; it needs CellProfiler's names with the object first "
-                         "(Nuclei_AreaShape_Area)")
+        first = ", ".join(absent[:5])
+        raise InputError(f"{len(absent)} of the model's {len(G.features)} features are not in the table, "
+                         f"first: {first}; "
+                         "it needs CellProfiler's names with the object first (Nuclei_AreaShape_Area)")
     about = getattr(table, "attrs", {})
     if G.normalise == "plate-dmso" and about.get("normalise") != "plate-dmso":
-        raise InputError("this model was trained with --normalise plate-dmso: give data.normalise_plates(table), "
+        raise InputError("this model was trained with --normalise plate-dmso: "
+                         "give data.normalise_plates(table), "
                          "which needs columns plate and compound and each plate's DMSO rows")
     try:
         values = table[G.features].to_numpy(dtype="float64")
@@ -497,8 +506,10 @@ def standardise_table(G, table):
     clipped = int((f.abs() >= CLIP).sum())
     if extra or missing or clipped:
         first = ", ".join(extra[:3])
-        warnings.warn(f"generate: {len(extra)} columns ignored (first: {first}); {missing} missing values set to the mean; "
-                      f"{clipped} values clipped to {CLIP:.0f} standard deviations", stacklevel=3)
+        said = (f"generate: {len(extra)} columns ignored (first: {first}); "
+                f"{missing} missing values set to the mean; "
+                f"{clipped} values clipped to {CLIP:.0f} standard deviations")
+        warnings.warn(said, stacklevel=3)
     return f
 
 
@@ -508,16 +519,15 @@ def generate(G, table, as_uint8=True, batch=None):
     Extra columns are ignored, with a warning that lists them; see table_values for what raises InputError. A cell's picture
     does not depend on which other cells are in the table."""
     if G.takes != "features":
-        raise InputError(f"a {G.model} draws from {G.takes}, not from measurements; train --model cp2image, or use "
-                         "its decode and sample")
+        raise InputError(f"a {G.model} draws from {G.takes}, not from measurements; "
+                         "train --model cp2image, or use its decode and sample")
     f = standardise_table(G, table)
     if batch is None:
         batch = 32 if G.device.type == "cpu" else 1024  # 32: fits a CPU's cache
-    parts = [torch.empty(0, len(G.channels), G.size, G.size)]
-    for part in f.split(batch):
-        x = G(part.to(G.device))
-        parts.append(x.cpu())
-    x = torch.cat(parts)
+    x = torch.empty(len(f), len(G.channels), G.size, G.size)
+    for i in range(0, len(f), batch):
+        part = f[i:i + batch].to(G.device)
+        x[i:i + batch] = G(part)
     return to_uint8(x) if as_uint8 else x.clamp(0, 1)
 
 
@@ -585,8 +595,8 @@ def moments(x):
     """Mean and biased variance (C,) of x (B, C, H, W), in float32 at least."""
     rows = flat(x)
     precision = torch.promote_types(x.dtype, torch.float32)
-    precise = torch.zeros(2, rows.shape[1], dtype=precision, device=x.device)
-    mean, var = torch.batch_norm_update_stats(rows, *precise, 0.0)
+    unused = torch.zeros(2, rows.shape[1], dtype=precision, device=x.device)
+    mean, var = torch.batch_norm_update_stats(rows, *unused, 0.0)
     mean = mean.view(-1, x.shape[1])  # of each column
     var = var.view(-1, x.shape[1])
     between = mean.var(0, correction=0)
@@ -713,7 +723,8 @@ def double_and_convolve(h, weight):
 def interleave(y):
     """The four phases, side by side as (B, C, n, 4 n), where their pixels belong: (B, C, 2 n, 2 n)."""
     c, n = y.shape[1:3]
-    y = y.permute(0, 2, 3, 1).reshape(len(y), n, n, 2, 2, c)
+    y = y.permute(0, 2, 3, 1)  # (B, n, 4 n, C)
+    y = y.reshape(len(y), n, n, 2, 2, c)
     y = y.transpose(2, 3)  # (B, n, 2 rows, n, 2 columns, C)
     y = y.reshape(len(y), 2 * n, 2 * n, c)
     return y.permute(0, 3, 1, 2)
@@ -723,13 +734,16 @@ class FastGenerator(Generator):
     """Generator.forward with each doubling and its 5x5 convolution as four 3x3 phases, side by side up to the last layer."""
 
     def forward(self, f):
-        h = f[:, :, None, None]                                                           # (B, F, 1, 1)
-        h = leaky(self.bn0(self.conv0(h)))                                                # (B, 32, 5, 5)
-        h = interleave(leaky(self.bn1(double_and_convolve(h, self.conv1.weight))))        # (B, 32, 14, 14)
-        h = interleave(leaky(self.bn2(double_and_convolve(h, self.conv2.weight))))        # (B, 32, 32, 32)
-        h = leaky(self.bn3(double_and_convolve(h, self.conv3.weight)))                    # (B, 32, 34, 136)
-        x = interleave(leaky(self.bn_out(self.conv_out(h))))                              # (B, C, 68, 68)
-        return x.to(self.bn_out.weight.dtype)
+        h = f[:, :, None, None]                                          # (B, F, 1, 1)
+        h = leaky(self.bn0(self.conv0(h)))                               # (B, 32, 5, 5)
+        h = double_and_convolve(h, self.conv1.weight)                    # (B, 32, 7, 28)
+        h = interleave(leaky(self.bn1(h)))                               # (B, 32, 14, 14)
+        h = double_and_convolve(h, self.conv2.weight)                    # (B, 32, 16, 64)
+        h = interleave(leaky(self.bn2(h)))                               # (B, 32, 32, 32)
+        h = double_and_convolve(h, self.conv3.weight)                    # (B, 32, 34, 136)
+        h = leaky(self.bn3(h))
+        h = leaky(self.bn_out(self.conv_out(h)))                         # (B, C, 34, 136)
+        return interleave(h).to(self.bn_out.weight.dtype)                # (B, C, 68, 68)
 
 
 class FastDiscriminator(Discriminator):

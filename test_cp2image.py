@@ -689,11 +689,11 @@ def test_run_without_spectral_norm_starts_and_trains_alike(folder_path, tmp_path
 
 def test_run_shorter_than_the_ramp_says_so(folder_path, tmp_path, capsys):
     short = run_train(folder_path, tmp_path / "short", "--hidden-ramp", "2500", steps=2)
-    assert capsys.readouterr().out.count("train on pixels only, as with --hidden-weight 0") == 1
+    assert capsys.readouterr().out.count("0 of the 4 hidden maps act in these 2 steps") == 1
     off = run_train(folder_path, tmp_path / "off", "--hidden-ramp", "2500", "--hidden-weight", "0", steps=2)
     assert equal_states(short["G"], off["G"])
     run_train(folder_path, tmp_path / "on", "--hidden-ramp", "0", steps=2)
-    assert "pixels only" not in capsys.readouterr().out
+    assert "hidden maps act" not in capsys.readouterr().out
 
 
 def test_run_logs_one_more_term(folder_path, run_path, tmp_path, monkeypatch, capsys):

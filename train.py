@@ -530,18 +530,20 @@ def loss_plot(rows, width=900, height=200):
     log = log.drop(columns=["cells_per_s", "hidden0", "hidden1", "hidden2", "hidden3"], errors="ignore")
     if len(log) > 3:
         log = log.iloc[1:]
-    panels = list(log.T.groupby(log.columns.str.split("_").str[-1], sort=False))
-    picture = Image.new("RGB", (width, height * len(panels)), "white")
+    words = log.columns.str.split("_").str[-1]
+    picture = Image.new("RGB", (width, height * words.nunique()), "white")
     pen = ImageDraw.Draw(picture)
-    for i, (_, curves) in enumerate(panels):
+    for i, word in enumerate(words.unique()):
+        curves = log.loc[:, words == word]
         low, high = curves.min(axis=None), curves.max(axis=None)
         said = f"steps {log.index[0]} to {log.index[-1]}, values {low:.4g} to {high:.4g}"
         pen.text((width // 2, i * height + 10), said, "black")
-        for k, (name, curve) in enumerate(curves.iterrows()):
+        for k, (name, curve) in enumerate(curves.items()):
             curve = curve.dropna()
             across = np.interp(curve.index, (log.index[0], log.index[-1]), (40, width - 40))
             down = np.interp(curve, (low, high), (i * height + 170, i * height + 30))
-            pen.line(np.stack([across, down], 1).ravel().tolist(), COLOURS[k % 3], 2)
+            points = np.stack([across, down], 1)
+            pen.line(points.ravel().tolist(), COLOURS[k % 3], 2)
             pen.text((40 + 130 * k, i * height + 10), name, COLOURS[k % 3])
     return picture
 
@@ -673,12 +675,9 @@ def parse(argv):
     for name, value in DEFAULTS.get(args.model, CP2IMAGE).items():  # a student's own model: CP2Image's way
         if getattr(args, name) is None:
             setattr(args, name, value)
-    least = dict.fromkeys("steps log_every sample_every val_every save_every latent".split(), 1)
-    at_least_0 = "batch lr_g lr_d lr_decay pixel_weight hidden_weight hidden_ramp weight_decay beta ema bench"
-    least |= dict.fromkeys(at_least_0.split(), 0)
-    for name, low in least.items():
-        value = getattr(args, name)
-        if not low <= value < float("inf"):
+    for name, value in vars(args).items():
+        low = int(name == "steps" or name == "latent" or name.endswith("every"))
+        if isinstance(value, (int, float)) and not low <= value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} is {value}, expected {low} or more")
     if args.ema >= 1 or args.weight_decay >= 1:
         parser.error("--ema and --weight-decay are shares, expected below 1")
@@ -740,10 +739,8 @@ def announce(args, folder, sampler, G, D, device, world):
     weights = hidden_weights(args.steps - 1, args.hidden_ramp)  # of the last step
     acting = int((weights > 0).sum())
     if isinstance(D, model.Discriminator) and args.hidden_weight and acting < model.HIDDEN_MAPS:
-        note = f"note   --hidden-ramp {args.hidden_ramp}: {acting} of the 4 hidden maps act in these {args.steps} steps"
-        if acting == 0:
-            note += ", which train on pixels only, as with --hidden-weight 0"
-        print(note)
+        print(f"note   --hidden-ramp {args.hidden_ramp}: {acting} of the 4 hidden maps act in these {args.steps} steps "
+              "(with 0 they train on pixels only, as with --hidden-weight 0)")
     sys.stdout.flush()
 
 
