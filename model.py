@@ -77,18 +77,6 @@ class BatchNorm(nn.Module):
             self.running_var.lerp_(var, MOMENTUM)
 
 
-class Scale(nn.Module):
-    """What is left of a batch norm without its moments: weight and bias (the ablation --d-batch-norm off)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x, moments_of=None):
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
-
-
 def leaky(x):
     return F.leaky_relu(x, SLOPE)
 
@@ -130,21 +118,20 @@ class Discriminator(nn.Module):
     """Images (B, n_channels, 68, 68) in 0..1 -> (logits (B,), four hidden maps): the learned metric of the paper.
     `moments_of=n`: the batch-norm moments are those of the first n images. Every kernel is spectrally normalised by torch's
     parametrisation, one power iteration a pass in training; since batch norm follows each kernel this does not change
-    training, `batch_norm=False` (an ablation) is where it does. Larger images end in a map of logits, whose mean counts."""
+    training. Larger images end in a map of logits, whose mean counts."""
 
-    def __init__(self, n_channels=3, spectral_norm=True, batch_norm=True):
+    def __init__(self, n_channels=3, spectral_norm=True):
         super().__init__()
-        norm = BatchNorm if batch_norm else Scale
         self.conv0 = conv(n_channels, 32, 5)
-        self.bn0 = norm(32)
+        self.bn0 = BatchNorm(32)
         self.conv1 = conv(32, 32, 5)
-        self.bn1 = norm(32)
+        self.bn1 = BatchNorm(32)
         self.conv2 = conv(32, 32, 5)
-        self.bn2 = norm(32)
+        self.bn2 = BatchNorm(32)
         self.conv3 = conv(32, 64, 5)
-        self.bn3 = norm(64)
+        self.bn3 = BatchNorm(64)
         self.conv4 = conv(64, 1, 1)
-        self.bn4 = norm(1)
+        self.bn4 = BatchNorm(1)
         if spectral_norm:  # last: its own random numbers do not shift the kernels'
             for layer in (self.conv0, self.conv1, self.conv2, self.conv3, self.conv4):
                 parametrizations.spectral_norm(layer)
@@ -315,17 +302,16 @@ def build_generator(kind, n_features, n_channels=3, size=SIZE, latent=256):
     raise InputError(f"model {kind!r}: expected one of {', '.join(KINDS)}")
 
 
-def build_discriminator(kind, n_channels=3, size=SIZE, spectral_norm=True, batch_norm=True):
+def build_discriminator(kind, n_channels=3, size=SIZE, spectral_norm=True):
     """The discriminator of a model: CytoGAN's for its GANs, none for the VAE, for all others CP2Image's learned metric."""
     if kind in ("lsgan", "dcgan", "wgan"):
         return NoiseDiscriminator(n_channels, size)
     if kind == "vae":
         return None
-    return Discriminator(n_channels, spectral_norm, batch_norm)
+    return Discriminator(n_channels, spectral_norm)
 
 
-def networks(kind, n_features, n_channels=3, size=SIZE, spectral_norm=True, d_batch_norm=True, latent=256,
-             seed=0):
+def networks(kind, n_features, n_channels=3, size=SIZE, spectral_norm=True, latent=256, seed=0):
     """Generator and discriminator (None: it has none) of a model, each initialised from a random stream of its own.
     InputError where pictures are too small for four 5x5 convolutions and three halvings, which end at 1 pixel from 68."""
     if size < SIZE and kind not in ("lsgan", "dcgan", "wgan"):
@@ -334,7 +320,7 @@ def networks(kind, n_features, n_channels=3, size=SIZE, spectral_norm=True, d_ba
     torch.manual_seed(seed)
     G = build_generator(kind, n_features, n_channels, size, latent)
     torch.manual_seed(seed + 1)
-    D = build_discriminator(kind, n_channels, size, spectral_norm, d_batch_norm)
+    D = build_discriminator(kind, n_channels, size, spectral_norm)
     return G, D
 
 
@@ -398,10 +384,9 @@ def build(state):
     n_features = len(state["features"])
     n_channels = len(state["channels"])
     spectral_norm = settings["spectral_norm"] == "on"
-    batch_norm = settings["d_batch_norm"] == "on"
     with torch.random.fork_rng(devices=[]):
         size = state.get("size", SIZE)
-        return networks(state["model"], n_features, n_channels, size, spectral_norm, batch_norm, settings["latent"])
+        return networks(state["model"], n_features, n_channels, size, spectral_norm, settings["latent"])
 
 
 def load_weights(net, weights, path):
@@ -543,8 +528,6 @@ def faster(net, example):
     `example`: inputs of the network, 2 cells or 4 images, by which both are compared in float64 (about a second)."""
     swaps = {Generator: FastGenerator, Discriminator: FastDiscriminator, BatchNorm: FastBatchNorm}
     for module in net.modules():
-        if isinstance(module, Scale):
-            return net  # no batch norm to pool before
         if isinstance(module, Generator) and module.size != SIZE:
             return net  # the nearest pixels of another size are no doubling
     fast = copy.deepcopy(net)

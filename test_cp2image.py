@@ -662,7 +662,7 @@ def test_run_data_is_the_folders(folder_path):
         assert torch.equal(train.Batches(folder, norm, CPU).images(rows), expected)
 
 
-@pytest.mark.parametrize("flags", [["--order", "alternate"], ["--d-batch-norm", "off"], ["--image-norm", "percentile"],
+@pytest.mark.parametrize("flags", [["--order", "alternate"], ["--image-norm", "percentile"],
                                    ["--amp", "bf16"], ["--seed", str(2 ** 63 - 1)]], ids=" ".join)
 def test_run_of_an_ablation(flags, folder_path, run_path, tmp_path):
     state = run_train(folder_path, tmp_path, *flags, steps=2)

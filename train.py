@@ -636,7 +636,6 @@ def parse(argv):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    on_off = ["on", "off"]
     add("--data", required=True, metavar="DIR", help="prepared folder (prepare_bbbc021.py --out)")
     add("--run", metavar="DIR", help="where the run is written (default runs/<model>-seed<seed>)")
     add("--resume", action="store_true", help="go on from RUN/last.pt, on a CPU bit for bit")
@@ -654,8 +653,7 @@ def parse(argv):
     add("--weight-decay", type=float, help="share of each kernel taken off a step (default 1e-4; GANs 0)")
     add("--latent", type=int, default=256, help="VAE, VAEplus: size of the latent space (default 256)")
     add("--beta", type=float, default=2.0, help="VAE, VAEplus: weight of the KL divergence (default 2)")
-    add("--spectral-norm", choices=on_off, help="of D's kernels (default on; VAEplus off, GANs have none)")
-    add("--d-batch-norm", choices=on_off, default="on", help="in D; off shows what spectral norm does")
+    add("--spectral-norm", choices=["on", "off"], help="of D's kernels (default on; VAEplus off, GANs have none)")
     add("--order", choices=["shared", "alternate"], default="shared",
         help="one pass for both updates (released, default), or G, then D (text)")
     add("--image-norm", choices=["cell-max", "percentile"], default="cell-max",
@@ -791,8 +789,8 @@ def main(argv=None):
 
     # The networks and their optimisers
     shape = len(folder.features), len(folder.channels), folder.size
-    norms = args.spectral_norm == "on", args.d_batch_norm == "on"
-    G, D = model.networks(args.model, *shape, *norms, args.latent, args.seed)
+    spectral_norm = args.spectral_norm == "on"
+    G, D = model.networks(args.model, *shape, spectral_norm, args.latent, args.seed)
     G = G.to(device)
     D = None if D is None else D.to(device)
     if args.bench:
