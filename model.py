@@ -144,7 +144,8 @@ class Discriminator(nn.Module):
         h = self.bn2(self.conv2(h1), moments_of)                         # (B, 32, 10, 10)
         h2 = leaky(F.max_pool2d(h, 2))                                   # (B, 32, 5, 5)
         h3 = leaky(self.bn3(self.conv3(h2), moments_of))                 # (B, 64, 1, 1)
-        logit = self.bn4(self.conv4(h3), moments_of).mean((1, 2, 3))     # (B,) of a map of 1 x 1
+        h = self.bn4(self.conv4(h3), moments_of)                         # (B, 1, 1, 1)
+        logit = h.mean((1, 2, 3))                                        # (B,)
         return logit, [h0, h1, h2, h3]
 
 
