@@ -238,7 +238,8 @@ class NoiseGenerator(nn.Module):
 
     def forward(self, z):
         s = self.start
-        h = F.leaky_relu(self.bn0(self.dense(z)), 0.2)                   # (B, 256 * 9 * 9)
+        h = self.bn0(self.dense(z))                                      # (B, 256 * 9 * 9)
+        h = F.leaky_relu(h, 0.2)
         h = h.unflatten(1, (256, s, s))                                  # (B, 256, 9, 9)
         h = self.conv1(nearest(h, 2 * s))                                # (B, 128, 18, 18)
         h = F.leaky_relu(self.bn1(h), 0.2)
