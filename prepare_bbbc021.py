@@ -6,7 +6,6 @@
         --image-csv BBBC021_v1_image.csv --moa BBBC021_v1_moa.csv --out real/          # whole fields (BBBC021 or your own)
     python prepare_bbbc021.py --images DIR --out real/                                 # fields alone: cells are measured here
     python prepare_bbbc021.py --simulate --write-release DIR                           # fields and tables to try that on
-    python prepare_bbbc021.py --check out/                                             # compare every checksum
 
 Work goes to OUT.partial and becomes OUT when it is whole; an interrupted preparation starts again. Only measuring fields, which
 takes hours, goes on where it was: OUT.measured holds a folder for each field that is done.
@@ -1540,16 +1539,6 @@ def choose_cells(cells, exclude, limit, seed):
     return stay, report
 
 
-def check_folder(path):
-    """Compares the checksum of every file of a prepared folder; InputError if one has changed."""
-    folder = data.open_folder(path)
-    for name, checksum in folder.meta["checksums"].items():
-        file = folder.path / name
-        if data.checksum(file) != checksum:
-            raise InputError(f"{file}: changed since it was prepared; prepare it again")
-        print(f"{file}: as written")
-
-
 def name_list(text):
     """DAPI,Tubulin,Actin -> a list, for argparse."""
     names = text.split(",")
@@ -1576,13 +1565,12 @@ def parse(argv):
         help="folder of crops, <stem>/<stem>_<k>.npy, with its metadata.csv")
     source.add_argument("--images", metavar="DIR",
         help="whole fields: TIFF files anywhere below DIR")
-    source.add_argument("--check", metavar="DIR",
-        help="compare every checksum of a prepared folder, write nothing")
-    add = parser.add_argument
-    add("--out", metavar="DIR",
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", metavar="DIR",
         help="the prepared folder to write")
-    add("--write-release", metavar="DIR",
+    target.add_argument("--write-release", metavar="DIR",
         help="with --simulate: write fields, BBBC021's tables and CellProfiler's instead")
+    add = parser.add_argument
     add("--features", metavar="TABLE",
         help="with --crops: CSV of CellProfiler measurements, key column Single_Cell_Image_Id")
     add("--stored-order", type=name_list, default="DAPI,Actin,Tubulin", metavar="NAMES",
@@ -1622,10 +1610,8 @@ def parse(argv):
     add("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), metavar="N",
         help="processes that read patches (default: the CPUs, 8 at most)")
     args = parser.parse_args(argv)
-    if args.write_release and (args.simulate is None or args.out):
-        parser.error("--write-release DIR goes with --simulate and without --out")
-    if not (args.check or args.out or args.write_release):
-        parser.error("--out DIR is needed: the prepared folder to write")
+    if args.write_release and not args.simulate:
+        parser.error("--write-release DIR goes with --simulate")
     if args.crops and not args.features:
         parser.error("--crops needs --features TABLE: CellProfiler measurements")
     known = args.stored_order if args.crops else CHANNELS
@@ -1638,9 +1624,6 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     data.keep_freed_memory()
-    if args.check:
-        check_folder(args.check)
-        return
     out = Path(args.out or args.write_release)
     if out.exists():
         raise InputError(f"{out}: exists already; choose another name, or delete it")
@@ -1677,7 +1660,7 @@ def main(argv=None):
     stay, chosen = choose_cells(cells, args.exclude, args.limit, args.seed)
     print(*source.report, *completed, *chosen, sep="\n")
     options = vars(args).copy()
-    for name in ("out", "workers", "check", "write_release"):
+    for name in ("out", "workers", "write_release"):
         del options[name]
     write_folder(
         out,

@@ -1816,10 +1816,10 @@ def test_refused_tables(column, values, message, crops_path, tmp_path):
 
 def test_refused_calls(crops_path, folder_path, tmp_path, capsys):
     for command, message in [
-        ("--simulate", "--out DIR is needed"),
+        ("--simulate", "one of the arguments --out --write-release is required"),
         ("--crops x --out y", "needs --features"),
         ("--simulate --channels DAPI,DNA --out y", "unless with --images"),
-        ("--simulate --write-release r --out o", "--write-release DIR goes with"),
+        ("--crops x --write-release r", "--write-release DIR goes with"),
     ]:
         with pytest.raises(SystemExit):
             prepare.main(command.split())
@@ -1836,15 +1836,6 @@ def test_refused_calls(crops_path, folder_path, tmp_path, capsys):
     ]:
         refuses(message, prepare_to, tmp_path / "n", *crops_command(crops_path, *argv))
     refuses("exists already; choose another", prepare_to, folder_path, "--simulate")
-    refuses("not a prepared folder", prepare.main, ["--check", str(tmp_path)])
-
-
-def test_changed_folders_are_noticed(folder_path, tmp_path):
-    copied = shutil.copytree(folder_path, tmp_path / "copy")
-    prepare.main(["--check", str(copied)])
-    values = np.load(copied / "features.npy")
-    np.save(copied / "features.npy", values + 1)
-    refuses("features.npy: changed since it was prepared", prepare.main, ["--check", str(copied)])
 
 
 def test_a_preparation_cut_short_leaves_no_folder_and_starts_again(crops_path, tmp_path, monkeypatch):
