@@ -867,7 +867,7 @@ def simulation(n, seed, channels, size, keep):
 
 
 def read_simulated(what, wanted, order, size):
-    """Patches of one field. All its cells are drawn, also those that are not wanted: a picture does not depend on --limit."""
+    """Patches of one field. All its cells are drawn, also those that are not wanted: a picture does not depend on --exclude."""
     table, x, y, seed = what
     field = simulate_field(table, x, y, seed, size)
     return cut(field[order], x[wanted], y[wanted], size), {}
@@ -1432,7 +1432,7 @@ def write_folder(out, source, cells, stay, channels, size, options, workers, ski
     if bad:
         print(f"{len(bad)} bad patches skipped, first: {bad[0]}")
     if not len(rows):
-        raise InputError("no cell has both a patch and measurements")
+        raise InputError("no cell that --exclude leaves has both a patch and measurements")
     cells = cells.iloc[rows].reset_index(drop=True)
     cells["split"] = split_cells(cells, options["split"], options["seed"])
     train = np.flatnonzero(cells["split"] == "train")
@@ -1522,23 +1522,6 @@ def excluded(cells, path):
     return pd.MultiIndex.from_frame(cells[columns]).isin(named)
 
 
-def choose_cells(cells, exclude, limit, seed):
-    """Which cells stay (N,) bool, and report lines: all but those of the CSV `exclude`, then `limit` of them at random."""
-    stay = np.ones(len(cells), bool)
-    report = []
-    if exclude:
-        stay = ~excluded(cells, exclude)
-        report.append(f"{len(cells) - stay.sum()} cells excluded by {exclude}")
-    left = np.flatnonzero(stay)
-    if not len(left):
-        raise InputError("no cell is left after --exclude")
-    if limit and limit < len(left):
-        stay[:] = False
-        stay[np.random.default_rng([seed, 4]).choice(left, limit, replace=False)] = True
-        report.append(f"{limit} of {len(left)} cells drawn by --limit")
-    return stay, report
-
-
 def name_list(text):
     """DAPI,Tubulin,Actin -> a list, for argparse."""
     names = text.split(",")
@@ -1601,12 +1584,10 @@ def parse(argv):
         help="CSV of what to leave out: columns of cells.csv, a row for each combination. In BBBC021 taxol "
              "0.3 uM is also the positive control of every plate: name their wells by "
              "plate,well,compound,concentration")
-    add("--limit", type=at_least(1), metavar="N",
-        help="only N cells, drawn by the seed")
     add("--skip-bad", action="store_true",
         help="leave out cells whose patch or field is missing or malformed, and count them")
     add("--seed", type=data.seed, default=0,
-        help="of the split, of --limit and of the simulation (default 0)")
+        help="of the split and of the simulation (default 0)")
     add("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), metavar="N",
         help="processes that read patches (default: the CPUs, 8 at most)")
     args = parser.parse_args(argv)
@@ -1657,8 +1638,11 @@ def main(argv=None):
     if not source.names:
         raise InputError("no feature column that --columns keeps; expected names like Nuclei_AreaShape_Area")
     cells, completed = data.complete_cells(source.cells, moa)
-    stay, chosen = choose_cells(cells, args.exclude, args.limit, args.seed)
-    print(*source.report, *completed, *chosen, sep="\n")
+    print(*source.report, *completed, sep="\n")
+    stay = np.ones(len(cells), bool)
+    if args.exclude:
+        stay = ~excluded(cells, args.exclude)
+        print(f"{len(cells) - stay.sum()} cells excluded by {args.exclude}")
     options = vars(args).copy()
     for name in ("out", "workers", "write_release"):
         del options[name]

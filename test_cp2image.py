@@ -1745,22 +1745,22 @@ def test_crops_join_by_name(folder_path, crops_path, tmp_path, capsys):
 
 
 def test_options_of_preparation(crops_path, tmp_path):
-    folder = prepare_to(tmp_path / "a", *crops_command(crops_path), "--drop-duplicates", "--columns", "^Cells_AreaShape", "--limit", 200)
-    assert len(folder) == 200 and all(f.startswith("Cells_AreaShape") for f in folder.features)
+    folder = prepare_to(tmp_path / "a", *crops_command(crops_path), "--drop-duplicates", "--columns", "^Cells_AreaShape")
+    assert all(f.startswith("Cells_AreaShape") for f in folder.features)
     assert folder.meta["dropped"]["Cells_AreaShape_Copy"] == "identical to Cells_AreaShape_Area"
     other = prepare_to(tmp_path / "b", *crops_command(crops_path), "--stored-order", "Actin,DAPI,Tubulin", "--channels", "Tubulin,Actin")
     rows = rows_of(other, folder.cells["cell"])
     assert (other.patches[rows] == folder.patches[:, [1, 0]]).all()     # DAPI, Actin, Tubulin called Actin, DAPI, Tubulin
 
 
-@pytest.mark.parametrize("text, stay", [("plate,well,compound,concentration\n22123,B11,taxol,0.300000012\n", [1, 0, 1, 1, 1]),
-                                        ("compound\ndmso\n", [1, 1, 1, 1, 0])])
-def test_exclude_tells_controls_from_the_treatment(tmp_path, text, stay):
+@pytest.mark.parametrize("text, out", [("plate,well,compound,concentration\n22123,B11,taxol,0.300000012\n", [0, 1, 0, 0, 0]),
+                                       ("compound\ndmso\n", [0, 0, 0, 0, 1])])
+def test_exclude_tells_controls_from_the_treatment(tmp_path, text, out):
     """A row of --exclude is one combination, doses are numbers, the solvent has any spelling."""
     cells = "plate,well,compound,concentration\n22123,D05,taxol,.3\n22123,B11,taxol,.3\n40111,D05,taxol,.3\n22123,B11,taxol,1\n1,A1,DMSO,0\n"
     cells = pd.read_csv(io.StringIO(cells), dtype={"plate": str})
     (tmp_path / "a.csv").write_text(text)
-    assert prepare.choose_cells(cells, tmp_path / "a.csv", None, 0)[0].tolist() == stay
+    assert prepare.excluded(cells, tmp_path / "a.csv").tolist() == out
 
 
 def test_plate_dmso_writes_features_in_units_of_their_plate(crops_path, tmp_path):
@@ -1774,13 +1774,14 @@ def test_plate_dmso_writes_features_in_units_of_their_plate(crops_path, tmp_path
     assert (own.std(ddof=0) - 1).abs().max(axis=None) < 1e-4
 
 
-def test_workers_and_limit_do_not_change_a_cell(folder_path, tmp_path, monkeypatch):
+def test_workers_and_exclude_do_not_change_a_cell(folder_path, tmp_path, monkeypatch):
     """Also with workers that start afresh, as on Windows and a Mac."""
     fresh = multiprocessing.get_context("spawn")
     monkeypatch.setattr(prepare, "ProcessPoolExecutor", partial(ProcessPoolExecutor, mp_context=fresh))
-    few = prepare_to(tmp_path / "w", "--simulate", 400, "--limit", 40, workers=2)
     whole = data.open_folder(folder_path)
-    assert len(few) == 40 and (few.patches[:] == whole.patches[rows_of(whole, few.cells["cell"])]).all()
+    whole.cells[["cell"]][::2].to_csv(tmp_path / "even.csv", index=False)
+    odd = prepare_to(tmp_path / "w", "--simulate", 400, "--exclude", tmp_path / "even.csv", workers=2)
+    assert np.array_equal(odd.patches, whole.patches[1::2])
 
 
 def test_bad_crops_are_refused_or_left_out_by_name(folder_path, crops_path, tmp_path):
@@ -1800,7 +1801,7 @@ def test_bad_crops_are_refused_or_left_out_by_name(folder_path, crops_path, tmp_
 
 REFUSED_TABLES = [      # what a column of the table is called and holds, the line
     ("Cells_AreaShape_Area", "large", "t.csv, row 2, column Cells_AreaShape_Area: 'large' is not a number"),
-    ("Cells_AreaShape_Area", "", "no cell has both a patch and measurements"),
+    ("Cells_AreaShape_Area", "", "no cell .* has both a patch and measurements"),
     ("Cells_AreaShape_Area", "1", "every feature was dropped"),
     (prepare.KEY, "x", "stands in more than one row"),
     (prepare.KEY, range(400), "400 cells of .* first: .*: 0 cells matched"),
@@ -1831,7 +1832,7 @@ def test_refused_calls(crops_path, folder_path, tmp_path, capsys):
         (["--features", tmp_path / "plat.csv"], "no key column 'Single_Cell_Image_Id'"),
         (["--crops", tmp_path], "metadata.csv"),
         (["--exclude", tmp_path / "plat.csv"], "has columns .*plat.*, expected some of"),
-        (["--exclude", tmp_path / "all.csv"], "no cell is left after"),
+        (["--exclude", tmp_path / "all.csv"], "no cell that --exclude leaves"),
         (["--size", "64"], r"uint16 \(68, 68, 3\), expected uint16 \(64, 64, 3\); see --size"),
     ]:
         refuses(message, prepare_to, tmp_path / "n", *crops_command(crops_path, *argv))
