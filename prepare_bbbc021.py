@@ -21,12 +21,12 @@ import signal
 import sqlite3
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -484,9 +484,8 @@ def is_sqlite(path):
 
 def query(path, text, dtype=None):
     """What a SQLite file answers, in frames of ROWS."""
-    uri = path.resolve().as_uri() + "?mode=ro"
     try:
-        with closing(sqlite3.connect(uri, uri=True)) as sql:
+        with closing(sqlite3.connect(path)) as sql:
             yield from pd.read_sql(text, sql, dtype=dtype, chunksize=ROWS)
     except (sqlite3.DatabaseError, pd.errors.DatabaseError) as error:
         raise InputError(f"{path}: not a readable SQLite file ({error})") from None
@@ -735,8 +734,6 @@ def name_fields(images, channel):
     """A name for each field: its file of `channel` without ending, and before it as many folders (PathName_) as tell
     the fields apart."""
     files = list(images.filter(like="FileName_"))
-    for column in files:  # LoadData may name folders, too
-        images[column] = images[column].str.replace(r".*[/\\]", "", regex=True)
     if not files:
         return images["export"] + "_" + images["ImageNumber"]
     file = f"FileName_{channel}"
@@ -905,7 +902,7 @@ def crops(folder, features, channels, stored, size, keep):
 
     row = pd.Index(table[KEY]).get_indexer(metadata[KEY])
     matched = row >= 0
-    report = [f"{matched.sum()} cells matched, {len(names)} features; metadata columns: {other}"]
+    report = [f"{matched.sum()} cells matched; metadata columns: {other}"]
     report += listed(metadata[KEY][~matched], f"cells of {described} have no row in {features}")
     if not matched.any():
         raise InputError(f"{report[-1]}, but e.g. {table[KEY][0]}: 0 cells matched")
@@ -1156,28 +1153,25 @@ def group_fields(folder, image_csv, channels):
     """The files of each field, in the order of `channels`: as `image_csv` names them (Image_FileName_<channel>), or else files
     that share a name up to _w<number>, as BBBC021's do."""
     images = Images(folder)
+    fields = {}                     # {(folder, name up to _w): [(number, path)]}
+    groups = []
     if image_csv:
         named = images.of(read_csv(image_csv, dtype=str), channels, image_csv)
         groups = [files for files in named if files[0].exists()]
-        if not groups:
-            raise InputError(f"{image_csv}: none of its images is below {folder}, first {named[0][0].name}")
-        return groups
-    fields = {}                     # {(folder, name up to _w): [(number, path)]}
-    for paths in images.paths.values():
-        for path in paths:
+    else:
+        for path in chain(*images.paths.values()):
             match = re.match(r"(.+)_w(\d)", path.stem)
             if match:
                 fields.setdefault((path.parent, match[1]), []).append((match[2], path))
-    if not fields:
-        raise InputError(f"{folder}: no field; expected files named ..._w1..., _w2..., _w4..., "
-                         "or give --image-csv")
-    groups = []
     for found in fields.values():
         waves, files = zip(*found)                  # paths are sorted, and so are the numbers
-        if len(files) != len(channels) or len(set(waves)) < len(files):
+        if not len(files) == len(set(waves)) == len(channels):
             raise InputError(f"{files[0]}: {len(files)} files share its name up to _w, of numbers {waves}; "
                              f"expected one for each of {channels}")
         groups.append(files)
+    if not groups:
+        raise InputError(f"{folder}: no field; expected files named ..._w1..., _w2..., _w4..., "
+                         "or as --image-csv says")
     return groups
 
 
@@ -1417,9 +1411,8 @@ def white_levels(path, rows):
 def write_folder(out, source, cells, stay, channels, size, options, workers, skip_bad):
     """Writes the prepared folder `out` of those cells (a frame like source.cells, completed) that `stay` (N,) bool.
     options: split, normalise, drop_duplicates, seed, and whatever else describes the call."""
-    unfinished = out.with_name(out.name + ".partial")
-    shutil.rmtree(unfinished, ignore_errors=True)       # of a preparation that was interrupted
-    work = unfinished / uuid.uuid4().hex                # of two at the same time one fails
+    work = out.with_name(out.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)             # of a preparation that was interrupted
     work.mkdir(parents=True)
 
     # Cells that stay: those with a measurement and a readable patch
@@ -1445,12 +1438,12 @@ def write_folder(out, source, cells, stay, channels, size, options, workers, ski
     values[np.isinf(values)] = np.nan
     moments = column_moments(values, train)
     dropped = source.dropped | columns_to_drop(values, source.names, moments, options["drop_duplicates"])
-    column = [j for j, name in enumerate(source.names) if name not in dropped]
-    if not column:
+    kept = ~np.isin(source.names, list(dropped))
+    if not kept.any():
         raise InputError(f"every feature was dropped, e.g. because of {set(dropped.values())}")
-    names = [source.names[j] for j in column]
-    values = values.take(column, 1)
-    _, centre, scale = np.take(moments, column, 1)
+    names = np.compress(kept, source.names).tolist()
+    values = values.compress(kept, 1)
+    _, centre, scale = np.compress(kept, moments, 1)
     imputed, clipped = fill_missing(values, names, centre, scale)
     np.save(work / "features.npy", values)
     write_csv(cells[CELL_COLUMNS], work / "cells.csv")
@@ -1477,7 +1470,6 @@ def write_folder(out, source, cells, stay, channels, size, options, workers, ski
     }
     data.write(work / "meta.json", json.dumps(meta, indent=1) + "\n")
     os.replace(work, out)
-    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def count(cells):
@@ -1497,12 +1489,8 @@ def describe(folder):
     counts = folder.meta["counts"].copy()
     split = counts.pop("split")
     counts = ", ".join(f"{k} {name}" for name, k in counts.items())
-    trained = np.unique(folder.treatment[folder.rows("train")])
-    absent = np.delete(folder.treatments, trained)
-    return (f"{folder.path}: {counts}\n"
-            f"  split: {split}; {len(absent)} treatments absent from training: {', '.join(absent[:5]) or 'none'}\n"
-            f"  {len(folder.features)} features, normalise {folder.normalise}; meta.json says why others are not, "
-            f"how many values were missing (imputed) or lie beyond {CLIP:g} sd (clipped)")
+    return (f"{folder.path}: {counts}, {len(folder.features)} features; split: {split}; "
+            "meta.json says why others were dropped")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1524,25 +1512,20 @@ def excluded(cells, path):
 
 def name_list(text):
     """DAPI,Tubulin,Actin -> a list, for argparse."""
-    names = text.split(",")
-    if len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected different names, separated by commas")
-    return names
+    return text.split(",")
 
 
-def at_least(least):
-    """An argparse type: a whole number of `least` or more."""
-    def number(text):
-        if int(text) < least:                           # argparse refuses what is no number
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of {least} or more")
-        return int(text)
-    return number
+def positive(text):
+    """A whole number of 1 or more, for argparse, which refuses what is no number."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more")
+    return int(text)
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--simulate", type=at_least(100), nargs="?", const=4000, metavar="N",
+    source.add_argument("--simulate", type=positive, nargs="?", const=4000, metavar="N",
         help="N simulated cells (default 4000)")
     source.add_argument("--crops", metavar="DIR",
         help="folder of crops, <stem>/<stem>_<k>.npy, with its metadata.csv")
@@ -1568,7 +1551,7 @@ def parse(argv):
     add("--channels", type=name_list, default="DAPI,Tubulin,Actin", metavar="NAMES",
         help="one to three channels in order; with --images the names of the FileName_ columns (default "
              "%(default)s)")
-    add("--size", type=at_least(16), default=SIZE, metavar="PIXELS",
+    add("--size", type=positive, default=SIZE, metavar="PIXELS",
         help="side of a patch (default %(default)s); that of the files with --crops")
     add("--moa", metavar="FILE",
         help="BBBC021_v1_moa.csv: mechanisms by compound and dose (default: the metadata's own)")
@@ -1588,7 +1571,7 @@ def parse(argv):
         help="leave out cells whose patch or field is missing or malformed, and count them")
     add("--seed", type=data.seed, default=0,
         help="of the split and of the simulation (default 0)")
-    add("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), metavar="N",
+    add("--workers", type=positive, default=min(8, os.cpu_count()), metavar="N",
         help="processes that read patches (default: the CPUs, 8 at most)")
     args = parser.parse_args(argv)
     if args.write_release and not args.simulate:
@@ -1610,11 +1593,9 @@ def main(argv=None):
         raise InputError(f"{out}: exists already; choose another name, or delete it")
     if args.write_release:
         write_release(out, args.simulate, args.seed, args.size)
-        print(f"next: python prepare_bbbc021.py --images {out}/images --cellprofiler {out}/cellprofiler "
-              f"--image-csv {out}/BBBC021_v1_image.csv --moa {out}/BBBC021_v1_moa.csv --out out/")
+        print(f"{out}: images, CellProfiler's and BBBC021's tables; --help shows how to prepare such fields")
         return
 
-    begin = time.perf_counter()
     moa = data.read_moa(args.moa) if args.moa else None
     if args.simulate:
         source = simulation(args.simulate, args.seed, args.channels, args.size, args.columns)
@@ -1658,7 +1639,7 @@ def main(argv=None):
         args.skip_bad,
     )
     print(describe(data.open_folder(out)))
-    print(f"done in {time.perf_counter() - begin:.1f} s; next: python train.py --data {out}")
+    print(f"next: python train.py --data {out}")
 
 
 if __name__ == "__main__":
