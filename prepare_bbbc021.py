@@ -1166,7 +1166,7 @@ def group_fields(folder, image_csv, channels):
     for found in fields.values():
         waves, files = zip(*found)                  # paths are sorted, and so are the numbers
         if not len(files) == len(set(waves)) == len(channels):
-            raise InputError(f"{files[0]}: {len(files)} files share its name up to _w, of numbers {waves}; "
+            raise InputError(f"{files[0]}: files of numbers {waves} share its name up to _w, "
                              f"expected one for each of {channels}")
         groups.append(files)
     if not groups:
