@@ -1780,16 +1780,13 @@ def test_bad_crops_are_refused_or_left_out_by_name(crops_path, tmp_path):
     assert len(folder) == 396 and folder.meta["counts"]["bad_patches"] == 3
 
 
-REFUSED_TABLES = [      # what a column of the table is called and holds, the line
+@pytest.mark.parametrize("column, values, message", [      # what a column of the table is called and holds, the line
     ("Cells_AreaShape_Area", "large", "t.csv, row 2, column Cells_AreaShape_Area: 'large' is not a number"),
     ("Cells_AreaShape_Area", "", "no cell .* has both a patch and measurements"),
     ("Cells_AreaShape_Area", "1", "every feature was dropped"),
     (prepare.KEY, "x", "stands in more than one row"),
     (prepare.KEY, range(400), "400 cells of .* first: .*: 0 cells matched"),
-]
-
-
-@pytest.mark.parametrize("column, values, message", REFUSED_TABLES)
+])
 def test_refused_tables(column, values, message, crops_path, tmp_path):
     table = pd.read_csv(crops_path / "features.csv", usecols=[prepare.KEY])
     table.assign(**{column: values}).to_csv(tmp_path / "t.csv", index=False)
@@ -1919,7 +1916,7 @@ def test_bad_fields_are_refused_or_left_out_by_name(tmp_path, release):
     refuses(f"{absent.name}: no TIFF .*No such file", prepare_to, tmp_path / "b", *fields_command(release))
     left = prepare_to(tmp_path / "c", *fields_command(release, "--skip-bad"))
     stay = ~whole.cells["field"].str[:-3].isin([small.stem[:-3], absent.stem[:-3]])
-    assert stay.sum() == len(left) < 80 and np.array_equal(left.patches, whole.patches[stay])
+    assert stay.sum() < 80 and np.array_equal(left.patches, whole.patches[stay])
 
 
 def test_cells_at_the_edge_of_a_field_are_left_out(tmp_path, release):
@@ -2149,7 +2146,7 @@ def test_exports_in_folders_are_joined(tmp_path):
     assert_own_values(read_export(tmp_path, skip_bad=True))
 
 
-REFUSED = [  # a file, a regular expression in it, what takes its place, the line
+@pytest.mark.parametrize("name, old, new, line", [  # a file, a regular expression in it, what takes its place, the line
     ("Image", "(?m)^2,.*\n", "", "Nuclei without a row in the Image table.*first: object 1 of image 2"),
     ("Nuclei", "(?s)\n.*", "\n", "no cell in it"),
     ("Nuclei", "(?m)^1,2", "1,1", "Nuclei or their images stand twice.*first: object 1 of image 1"),
@@ -2158,10 +2155,7 @@ REFUSED = [  # a file, a regular expression in it, what takes its place, the lin
     ("Cells", "(?m)^1,1,5", "1,1,4", "Cells have the same Parent_Nuclei.*object 2 of image 1"),
     ("Cells", ",211\n", "\n", "Cells.csv: row 11 has 9 fields, the header 10"),
     ("Cells", ",", "\t", "Cells.csv: .*tabs"),
-]
-
-
-@pytest.mark.parametrize("name, old, new, line", REFUSED, ids=[line for *_, line in REFUSED])
+])
 def test_export_refused(tmp_path, name, old, new, line):
     write_export(tmp_path)
     edit(tmp_path, name, old, new)
