@@ -6,7 +6,6 @@
         --image-csv BBBC021_v1_image.csv --moa BBBC021_v1_moa.csv --out real/          # whole fields (BBBC021 or your own)
     python prepare_bbbc021.py --images DIR --out real/                                 # fields alone: cells are measured here
     python prepare_bbbc021.py --simulate --write-release DIR                           # fields and tables to try that on
-    python prepare_bbbc021.py --check out/                                             # compare every checksum
 
 Work goes to OUT.partial and becomes OUT when it is whole; an interrupted preparation starts again. Only measuring fields, which
 takes hours, goes on where it was: OUT.measured holds a folder for each field that is done.
@@ -22,12 +21,12 @@ import signal
 import sqlite3
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -485,9 +484,8 @@ def is_sqlite(path):
 
 def query(path, text, dtype=None):
     """What a SQLite file answers, in frames of ROWS."""
-    uri = path.resolve().as_uri() + "?mode=ro"
     try:
-        with closing(sqlite3.connect(uri, uri=True)) as sql:
+        with closing(sqlite3.connect(path)) as sql:
             yield from pd.read_sql(text, sql, dtype=dtype, chunksize=ROWS)
     except (sqlite3.DatabaseError, pd.errors.DatabaseError) as error:
         raise InputError(f"{path}: not a readable SQLite file ({error})") from None
@@ -736,8 +734,6 @@ def name_fields(images, channel):
     """A name for each field: its file of `channel` without ending, and before it as many folders (PathName_) as tell
     the fields apart."""
     files = list(images.filter(like="FileName_"))
-    for column in files:  # LoadData may name folders, too
-        images[column] = images[column].str.replace(r".*[/\\]", "", regex=True)
     if not files:
         return images["export"] + "_" + images["ImageNumber"]
     file = f"FileName_{channel}"
@@ -868,7 +864,7 @@ def simulation(n, seed, channels, size, keep):
 
 
 def read_simulated(what, wanted, order, size):
-    """Patches of one field. All its cells are drawn, also those that are not wanted: a picture does not depend on --limit."""
+    """Patches of one field. All its cells are drawn, also those that are not wanted: a picture does not depend on --exclude."""
     table, x, y, seed = what
     field = simulate_field(table, x, y, seed, size)
     return cut(field[order], x[wanted], y[wanted], size), {}
@@ -906,7 +902,7 @@ def crops(folder, features, channels, stored, size, keep):
 
     row = pd.Index(table[KEY]).get_indexer(metadata[KEY])
     matched = row >= 0
-    report = [f"{matched.sum()} cells matched, {len(names)} features; metadata columns: {other}"]
+    report = [f"{matched.sum()} cells matched; metadata columns: {other}"]
     report += listed(metadata[KEY][~matched], f"cells of {described} have no row in {features}")
     if not matched.any():
         raise InputError(f"{report[-1]}, but e.g. {table[KEY][0]}: 0 cells matched")
@@ -1157,28 +1153,25 @@ def group_fields(folder, image_csv, channels):
     """The files of each field, in the order of `channels`: as `image_csv` names them (Image_FileName_<channel>), or else files
     that share a name up to _w<number>, as BBBC021's do."""
     images = Images(folder)
+    fields = {}                     # {(folder, name up to _w): [(number, path)]}
+    groups = []
     if image_csv:
         named = images.of(read_csv(image_csv, dtype=str), channels, image_csv)
         groups = [files for files in named if files[0].exists()]
-        if not groups:
-            raise InputError(f"{image_csv}: none of its images is below {folder}, first {named[0][0].name}")
-        return groups
-    fields = {}                     # {(folder, name up to _w): [(number, path)]}
-    for paths in images.paths.values():
-        for path in paths:
+    else:
+        for path in chain(*images.paths.values()):
             match = re.match(r"(.+)_w(\d)", path.stem)
             if match:
                 fields.setdefault((path.parent, match[1]), []).append((match[2], path))
-    if not fields:
-        raise InputError(f"{folder}: no field; expected files named ..._w1..., _w2..., _w4..., "
-                         "or give --image-csv")
-    groups = []
     for found in fields.values():
         waves, files = zip(*found)                  # paths are sorted, and so are the numbers
-        if len(files) != len(channels) or len(set(waves)) < len(files):
-            raise InputError(f"{files[0]}: {len(files)} files share its name up to _w, of numbers {waves}; "
+        if not len(files) == len(set(waves)) == len(channels):
+            raise InputError(f"{files[0]}: files of numbers {waves} share its name up to _w, "
                              f"expected one for each of {channels}")
         groups.append(files)
+    if not groups:
+        raise InputError(f"{folder}: no field; expected files named ..._w1..., _w2..., _w4..., "
+                         "or as --image-csv says")
     return groups
 
 
@@ -1418,9 +1411,8 @@ def white_levels(path, rows):
 def write_folder(out, source, cells, stay, channels, size, options, workers, skip_bad):
     """Writes the prepared folder `out` of those cells (a frame like source.cells, completed) that `stay` (N,) bool.
     options: split, normalise, drop_duplicates, seed, and whatever else describes the call."""
-    unfinished = out.with_name(out.name + ".partial")
-    shutil.rmtree(unfinished, ignore_errors=True)       # of a preparation that was interrupted
-    work = unfinished / uuid.uuid4().hex                # of two at the same time one fails
+    work = out.with_name(out.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)             # of a preparation that was interrupted
     work.mkdir(parents=True)
 
     # Cells that stay: those with a measurement and a readable patch
@@ -1433,7 +1425,7 @@ def write_folder(out, source, cells, stay, channels, size, options, workers, ski
     if bad:
         print(f"{len(bad)} bad patches skipped, first: {bad[0]}")
     if not len(rows):
-        raise InputError("no cell has both a patch and measurements")
+        raise InputError("no cell that --exclude leaves has both a patch and measurements")
     cells = cells.iloc[rows].reset_index(drop=True)
     cells["split"] = split_cells(cells, options["split"], options["seed"])
     train = np.flatnonzero(cells["split"] == "train")
@@ -1446,12 +1438,12 @@ def write_folder(out, source, cells, stay, channels, size, options, workers, ski
     values[np.isinf(values)] = np.nan
     moments = column_moments(values, train)
     dropped = source.dropped | columns_to_drop(values, source.names, moments, options["drop_duplicates"])
-    column = [j for j, name in enumerate(source.names) if name not in dropped]
-    if not column:
+    kept = ~np.isin(source.names, list(dropped))
+    if not kept.any():
         raise InputError(f"every feature was dropped, e.g. because of {set(dropped.values())}")
-    names = [source.names[j] for j in column]
-    values = values.take(column, 1)
-    _, centre, scale = np.take(moments, column, 1)
+    names = np.compress(kept, source.names).tolist()
+    values = values.compress(kept, 1)
+    _, centre, scale = np.compress(kept, moments, 1)
     imputed, clipped = fill_missing(values, names, centre, scale)
     np.save(work / "features.npy", values)
     write_csv(cells[CELL_COLUMNS], work / "cells.csv")
@@ -1478,7 +1470,6 @@ def write_folder(out, source, cells, stay, channels, size, options, workers, ski
     }
     data.write(work / "meta.json", json.dumps(meta, indent=1) + "\n")
     os.replace(work, out)
-    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def count(cells):
@@ -1498,12 +1489,8 @@ def describe(folder):
     counts = folder.meta["counts"].copy()
     split = counts.pop("split")
     counts = ", ".join(f"{k} {name}" for name, k in counts.items())
-    trained = np.unique(folder.treatment[folder.rows("train")])
-    absent = np.delete(folder.treatments, trained)
-    return (f"{folder.path}: {counts}\n"
-            f"  split: {split}; {len(absent)} treatments absent from training: {', '.join(absent[:5]) or 'none'}\n"
-            f"  {len(folder.features)} features, normalise {folder.normalise}; meta.json says why others are not, "
-            f"how many values were missing (imputed) or lie beyond {CLIP:g} sd (clipped)")
+    return (f"{folder.path}: {counts}, {len(folder.features)} features; split: {split}; "
+            "meta.json says why others were dropped")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1523,66 +1510,33 @@ def excluded(cells, path):
     return pd.MultiIndex.from_frame(cells[columns]).isin(named)
 
 
-def choose_cells(cells, exclude, limit, seed):
-    """Which cells stay (N,) bool, and report lines: all but those of the CSV `exclude`, then `limit` of them at random."""
-    stay = np.ones(len(cells), bool)
-    report = []
-    if exclude:
-        stay = ~excluded(cells, exclude)
-        report.append(f"{len(cells) - stay.sum()} cells excluded by {exclude}")
-    left = np.flatnonzero(stay)
-    if not len(left):
-        raise InputError("no cell is left after --exclude")
-    if limit and limit < len(left):
-        stay[:] = False
-        stay[np.random.default_rng([seed, 4]).choice(left, limit, replace=False)] = True
-        report.append(f"{limit} of {len(left)} cells drawn by --limit")
-    return stay, report
-
-
-def check_folder(path):
-    """Compares the checksum of every file of a prepared folder; InputError if one has changed."""
-    folder = data.open_folder(path)
-    for name, checksum in folder.meta["checksums"].items():
-        file = folder.path / name
-        if data.checksum(file) != checksum:
-            raise InputError(f"{file}: changed since it was prepared; prepare it again")
-        print(f"{file}: as written")
-
-
 def name_list(text):
     """DAPI,Tubulin,Actin -> a list, for argparse."""
-    names = text.split(",")
-    if len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected different names, separated by commas")
-    return names
+    return text.split(",")
 
 
-def at_least(least):
-    """An argparse type: a whole number of `least` or more."""
-    def number(text):
-        if int(text) < least:                           # argparse refuses what is no number
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of {least} or more")
-        return int(text)
-    return number
+def positive(text):
+    """A whole number of 1 or more, for argparse, which refuses what is no number."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more")
+    return int(text)
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--simulate", type=at_least(100), nargs="?", const=4000, metavar="N",
+    source.add_argument("--simulate", type=positive, nargs="?", const=4000, metavar="N",
         help="N simulated cells (default 4000)")
     source.add_argument("--crops", metavar="DIR",
         help="folder of crops, <stem>/<stem>_<k>.npy, with its metadata.csv")
     source.add_argument("--images", metavar="DIR",
         help="whole fields: TIFF files anywhere below DIR")
-    source.add_argument("--check", metavar="DIR",
-        help="compare every checksum of a prepared folder, write nothing")
-    add = parser.add_argument
-    add("--out", metavar="DIR",
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", metavar="DIR",
         help="the prepared folder to write")
-    add("--write-release", metavar="DIR",
+    target.add_argument("--write-release", metavar="DIR",
         help="with --simulate: write fields, BBBC021's tables and CellProfiler's instead")
+    add = parser.add_argument
     add("--features", metavar="TABLE",
         help="with --crops: CSV of CellProfiler measurements, key column Single_Cell_Image_Id")
     add("--stored-order", type=name_list, default="DAPI,Actin,Tubulin", metavar="NAMES",
@@ -1597,7 +1551,7 @@ def parse(argv):
     add("--channels", type=name_list, default="DAPI,Tubulin,Actin", metavar="NAMES",
         help="one to three channels in order; with --images the names of the FileName_ columns (default "
              "%(default)s)")
-    add("--size", type=at_least(16), default=SIZE, metavar="PIXELS",
+    add("--size", type=positive, default=SIZE, metavar="PIXELS",
         help="side of a patch (default %(default)s); that of the files with --crops")
     add("--moa", metavar="FILE",
         help="BBBC021_v1_moa.csv: mechanisms by compound and dose (default: the metadata's own)")
@@ -1613,19 +1567,15 @@ def parse(argv):
         help="CSV of what to leave out: columns of cells.csv, a row for each combination. In BBBC021 taxol "
              "0.3 uM is also the positive control of every plate: name their wells by "
              "plate,well,compound,concentration")
-    add("--limit", type=at_least(1), metavar="N",
-        help="only N cells, drawn by the seed")
     add("--skip-bad", action="store_true",
         help="leave out cells whose patch or field is missing or malformed, and count them")
     add("--seed", type=data.seed, default=0,
-        help="of the split, of --limit and of the simulation (default 0)")
-    add("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), metavar="N",
+        help="of the split and of the simulation (default 0)")
+    add("--workers", type=positive, default=min(8, os.cpu_count()), metavar="N",
         help="processes that read patches (default: the CPUs, 8 at most)")
     args = parser.parse_args(argv)
-    if args.write_release and (args.simulate is None or args.out):
-        parser.error("--write-release DIR goes with --simulate and without --out")
-    if not (args.check or args.out or args.write_release):
-        parser.error("--out DIR is needed: the prepared folder to write")
+    if args.write_release and not args.simulate:
+        parser.error("--write-release DIR goes with --simulate")
     if args.crops and not args.features:
         parser.error("--crops needs --features TABLE: CellProfiler measurements")
     known = args.stored_order if args.crops else CHANNELS
@@ -1638,19 +1588,14 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     data.keep_freed_memory()
-    if args.check:
-        check_folder(args.check)
-        return
     out = Path(args.out or args.write_release)
     if out.exists():
         raise InputError(f"{out}: exists already; choose another name, or delete it")
     if args.write_release:
         write_release(out, args.simulate, args.seed, args.size)
-        print(f"next: python prepare_bbbc021.py --images {out}/images --cellprofiler {out}/cellprofiler "
-              f"--image-csv {out}/BBBC021_v1_image.csv --moa {out}/BBBC021_v1_moa.csv --out out/")
+        print(f"{out}: images, CellProfiler's and BBBC021's tables; --help shows how to prepare such fields")
         return
 
-    begin = time.perf_counter()
     moa = data.read_moa(args.moa) if args.moa else None
     if args.simulate:
         source = simulation(args.simulate, args.seed, args.channels, args.size, args.columns)
@@ -1674,10 +1619,13 @@ def main(argv=None):
     if not source.names:
         raise InputError("no feature column that --columns keeps; expected names like Nuclei_AreaShape_Area")
     cells, completed = data.complete_cells(source.cells, moa)
-    stay, chosen = choose_cells(cells, args.exclude, args.limit, args.seed)
-    print(*source.report, *completed, *chosen, sep="\n")
+    print(*source.report, *completed, sep="\n")
+    stay = np.ones(len(cells), bool)
+    if args.exclude:
+        stay = ~excluded(cells, args.exclude)
+        print(f"{len(cells) - stay.sum()} cells excluded by {args.exclude}")
     options = vars(args).copy()
-    for name in ("out", "workers", "check", "write_release"):
+    for name in ("out", "workers", "write_release"):
         del options[name]
     write_folder(
         out,
@@ -1691,7 +1639,7 @@ def main(argv=None):
         args.skip_bad,
     )
     print(describe(data.open_folder(out)))
-    print(f"done in {time.perf_counter() - begin:.1f} s; next: python train.py --data {out}")
+    print(f"next: python train.py --data {out}")
 
 
 if __name__ == "__main__":

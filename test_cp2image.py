@@ -1647,21 +1647,14 @@ def prepare_to(out, *argv, workers=1):
     return data.open_folder(out)
 
 
-def rows_of(folder, names):
-    """Row numbers of the cells `names` in a folder."""
-    return folder.cells.reset_index().set_index("cell")["index"][names].to_numpy()
-
-
 # Simulation
 
 
 def test_simulated_folder_holds_what_it_says(folder_path):
     folder = data.open_folder(folder_path)
     counts = folder.meta["counts"]
-    assert folder.patches.shape == (400, 3, 68, 68)
     assert (folder.patches[:50] % 16 == 0).all()            # 12 bits in the high bits, as BBBC021
     assert (counts["mechanisms"], counts["treatments"], counts["plates"]) == (12, 27, 12)
-    assert [path.name for path in folder_path.parent.iterdir()] == ["out"]      # nothing else is left
 
 
 @pytest.mark.parametrize("area, angle", [(500, -60), (900, 0), (1400, 80)])
@@ -1674,13 +1667,12 @@ def test_simulated_cells_are_drawn_as_their_parameters_say(area, angle):
     assert (abs(found - [area + 85, 0.9, angle, 0.12]) < [30, 0.02, 1, 0.01]).all()
 
 
-def test_simulated_size_and_channels_are_those_asked_for(tmp_path):
+def test_simulated_size_and_channels_are_those_asked_for(tmp_path, folder_path):
     """96 pixels show more of the same cells; the channels are a choice, in the order asked for."""
-    small = prepare_to(tmp_path / "a", "--simulate", 100, "--channels", "Actin,DAPI")
-    large = prepare_to(tmp_path / "b", "--simulate", 100, "--size", 96)
-    assert small.channels == ["Actin", "DAPI"] and large.size == 96
-    middle = large.patches[:, [2, 0], 14:-14, 14:-14]
-    assert np.corrcoef(middle.ravel(), small.patches.ravel())[0, 1] > 0.97          # the camera's noise differs
+    large = prepare_to(tmp_path / "a", "--simulate", 400, "--size", 96, "--channels", "Actin,DAPI")
+    small = data.open_folder(folder_path).patches[:, [2, 0]]
+    middle = large.patches[:, :, 14:-14, 14:-14]
+    assert np.corrcoef(middle.ravel(), small.ravel())[0, 1] > 0.97          # the camera's noise differs
 
 
 # Splits
@@ -1709,7 +1701,7 @@ RELEASED = {"cell": prepare.KEY, "field": "Multi_Cell_Image_Name", "moa": "moa",
 
 @pytest.fixture(scope="session")
 def crops_path(folder_path, tmp_path_factory):
-    """The 400 cells as crops that circulate: stored DAPI, Actin, Tubulin, with metadata.csv and a table of features, shuffled."""
+    """The 400 cells as crops that circulate: stored DAPI, Actin, Tubulin, with metadata.csv and a table of features in another order."""
     out, folder = tmp_path_factory.mktemp("crops"), data.open_folder(folder_path)
     for field, cell, patch in zip(folder.cells["field"], folder.cells["cell"], folder.patches):
         (out / field).mkdir(exist_ok=True)
@@ -1722,7 +1714,7 @@ def crops_path(folder_path, tmp_path_factory):
                          Nuclei_Texture_Holes=[*range(360), *[np.nan] * 40])
     table.iloc[5, 0] = np.nan                       # Nuclei_AreaShape_Area
     table.iloc[7] = np.nan
-    table.sample(frac=1, random_state=1).to_csv(out / "features.csv")
+    table.to_csv(out / "features.csv")
     return out
 
 
@@ -1730,11 +1722,9 @@ def crops_command(path, *more):
     return ["--crops", path, "--features", path / "features.csv", "--split", "plate", *more]
 
 
-def test_crops_join_by_name(folder_path, crops_path, tmp_path, capsys):
+def test_crops_join_by_name(folder_path, crops_path, tmp_path):
     folder, original = prepare_to(tmp_path / "c", *crops_command(crops_path)), data.open_folder(folder_path)
-    said = capsys.readouterr().out
-    assert "400 cells matched" in said and "1 cells without measurements dropped, first: " in said
-    rows = rows_of(original, folder.cells["cell"].str.removesuffix(".npy"))
+    rows = pd.Index(original.cells["cell"]).get_indexer(folder.cells["cell"].str.removesuffix(".npy"))
     assert len(folder) == 399 and 7 not in rows                         # row 7 has no measurement
     assert (folder.patches[:] == original.patches[rows]).all()          # channels back in order
     expected = original.raw[rows]
@@ -1745,69 +1735,58 @@ def test_crops_join_by_name(folder_path, crops_path, tmp_path, capsys):
 
 
 def test_options_of_preparation(crops_path, tmp_path):
-    folder = prepare_to(tmp_path / "a", *crops_command(crops_path), "--drop-duplicates", "--columns", "^Cells_AreaShape", "--limit", 200)
-    assert len(folder) == 200 and all(f.startswith("Cells_AreaShape") for f in folder.features)
+    folder = prepare_to(tmp_path / "a", *crops_command(crops_path), "--drop-duplicates", "--columns", "^Cells_AreaShape")
+    assert all(f.startswith("Cells_AreaShape") for f in folder.features)
     assert folder.meta["dropped"]["Cells_AreaShape_Copy"] == "identical to Cells_AreaShape_Area"
     other = prepare_to(tmp_path / "b", *crops_command(crops_path), "--stored-order", "Actin,DAPI,Tubulin", "--channels", "Tubulin,Actin")
-    rows = rows_of(other, folder.cells["cell"])
-    assert (other.patches[rows] == folder.patches[:, [1, 0]]).all()     # DAPI, Actin, Tubulin called Actin, DAPI, Tubulin
+    assert np.array_equal(other.patches, folder.patches[:, [1, 0]])     # DAPI, Actin, Tubulin called Actin, DAPI, Tubulin
 
 
-@pytest.mark.parametrize("text, stay", [("plate,well,compound,concentration\n22123,B11,taxol,0.300000012\n", [1, 0, 1, 1, 1]),
-                                        ("compound\ndmso\n", [1, 1, 1, 1, 0])])
-def test_exclude_tells_controls_from_the_treatment(tmp_path, text, stay):
+def test_exclude_tells_controls_from_the_treatment(tmp_path):
     """A row of --exclude is one combination, doses are numbers, the solvent has any spelling."""
-    cells = "plate,well,compound,concentration\n22123,D05,taxol,.3\n22123,B11,taxol,.3\n40111,D05,taxol,.3\n22123,B11,taxol,1\n1,A1,DMSO,0\n"
+    cells = "plate,well,compound,concentration\n22123,D05,taxol,.3\n22123,B11,taxol,.3\n40111,B11,taxol,.3\n22123,B11,taxol,1\n1,A1,DMSO,0\n"
     cells = pd.read_csv(io.StringIO(cells), dtype={"plate": str})
-    (tmp_path / "a.csv").write_text(text)
-    assert prepare.choose_cells(cells, tmp_path / "a.csv", None, 0)[0].tolist() == stay
+    (tmp_path / "a.csv").write_text("plate,compound,concentration,well\n22123,taxol,0.300000012,B11\n1,dmso,,A1\n")
+    assert prepare.excluded(cells, tmp_path / "a.csv").tolist() == [0, 1, 0, 0, 1]
 
 
 def test_plate_dmso_writes_features_in_units_of_their_plate(crops_path, tmp_path):
     """Also on held-out plates, whose DMSO cells become reference."""
     folder = prepare_to(tmp_path / "p", *crops_command(crops_path), "--normalise", "plate-dmso")
-    assert folder.normalise == "plate-dmso"
     cells = folder.cells[folder.cells["compound"] == "DMSO"]
     assert set(cells["split"]) == {"reference", "train"} and cells.groupby("plate")["split"].nunique().max() == 1
     own = pd.DataFrame(folder.raw).loc[cells.index].groupby(cells["plate"])
     assert own.mean().abs().max(axis=None) < 1e-4                    # every plate is centred on its own DMSO cells
-    assert (own.std(ddof=0) - 1).abs().max(axis=None) < 1e-4
 
 
-def test_workers_and_limit_do_not_change_a_cell(folder_path, tmp_path, monkeypatch):
+def test_workers_and_exclude_do_not_change_a_cell(folder_path, tmp_path, monkeypatch):
     """Also with workers that start afresh, as on Windows and a Mac."""
     fresh = multiprocessing.get_context("spawn")
     monkeypatch.setattr(prepare, "ProcessPoolExecutor", partial(ProcessPoolExecutor, mp_context=fresh))
-    few = prepare_to(tmp_path / "w", "--simulate", 400, "--limit", 40, workers=2)
     whole = data.open_folder(folder_path)
-    assert len(few) == 40 and (few.patches[:] == whole.patches[rows_of(whole, few.cells["cell"])]).all()
+    whole.cells[["cell"]][::2].to_csv(tmp_path / "even.csv", index=False)
+    odd = prepare_to(tmp_path / "w", "--simulate", 400, "--exclude", tmp_path / "even.csv", workers=2)
+    assert np.array_equal(odd.patches, whole.patches[1::2])
 
 
-def test_bad_crops_are_refused_or_left_out_by_name(folder_path, crops_path, tmp_path):
+def test_bad_crops_are_refused_or_left_out_by_name(crops_path, tmp_path):
     spoiled = shutil.copytree(crops_path, tmp_path / "crops")
     cut, small, absent, *_ = sorted(spoiled.rglob("*.npy"))
     cut.write_bytes(cut.read_bytes()[:100])
     refuses(f"{cut.name}: missing or unreadable.*--skip-bad", prepare_to, tmp_path / "x", *crops_command(spoiled))
-    assert not (tmp_path / "x").exists()
     np.save(small, np.zeros((10, 10, 3), np.uint16))
     absent.unlink()
     folder = prepare_to(tmp_path / "x", *crops_command(spoiled), "--skip-bad")
     assert len(folder) == 396 and folder.meta["counts"]["bad_patches"] == 3
-    original = data.open_folder(folder_path)
-    rows = rows_of(original, folder.cells["cell"].str.removesuffix(".npy"))
-    assert (folder.patches[:] == original.patches[rows]).all()
 
 
-REFUSED_TABLES = [      # what a column of the table is called and holds, the line
+@pytest.mark.parametrize("column, values, message", [      # what a column of the table is called and holds, the line
     ("Cells_AreaShape_Area", "large", "t.csv, row 2, column Cells_AreaShape_Area: 'large' is not a number"),
-    ("Cells_AreaShape_Area", "", "no cell has both a patch and measurements"),
+    ("Cells_AreaShape_Area", "", "no cell .* has both a patch and measurements"),
     ("Cells_AreaShape_Area", "1", "every feature was dropped"),
     (prepare.KEY, "x", "stands in more than one row"),
     (prepare.KEY, range(400), "400 cells of .* first: .*: 0 cells matched"),
-]
-
-
-@pytest.mark.parametrize("column, values, message", REFUSED_TABLES)
+])
 def test_refused_tables(column, values, message, crops_path, tmp_path):
     table = pd.read_csv(crops_path / "features.csv", usecols=[prepare.KEY])
     table.assign(**{column: values}).to_csv(tmp_path / "t.csv", index=False)
@@ -1816,10 +1795,10 @@ def test_refused_tables(column, values, message, crops_path, tmp_path):
 
 def test_refused_calls(crops_path, folder_path, tmp_path, capsys):
     for command, message in [
-        ("--simulate", "--out DIR is needed"),
+        ("--simulate", "one of the arguments --out --write-release is required"),
         ("--crops x --out y", "needs --features"),
         ("--simulate --channels DAPI,DNA --out y", "unless with --images"),
-        ("--simulate --write-release r --out o", "--write-release DIR goes with"),
+        ("--crops x --write-release r", "--write-release DIR goes with"),
     ]:
         with pytest.raises(SystemExit):
             prepare.main(command.split())
@@ -1829,34 +1808,23 @@ def test_refused_calls(crops_path, folder_path, tmp_path, capsys):
     for argv, message in [
         (["--features", crops_path / "metadata.csv"], "no feature column"),
         (["--features", tmp_path / "plat.csv"], "no key column 'Single_Cell_Image_Id'"),
-        (["--crops", tmp_path], "metadata.csv"),
         (["--exclude", tmp_path / "plat.csv"], "has columns .*plat.*, expected some of"),
-        (["--exclude", tmp_path / "all.csv"], "no cell is left after"),
+        (["--exclude", tmp_path / "all.csv"], "no cell that --exclude leaves"),
         (["--size", "64"], r"uint16 \(68, 68, 3\), expected uint16 \(64, 64, 3\); see --size"),
     ]:
         refuses(message, prepare_to, tmp_path / "n", *crops_command(crops_path, *argv))
     refuses("exists already; choose another", prepare_to, folder_path, "--simulate")
-    refuses("not a prepared folder", prepare.main, ["--check", str(tmp_path)])
-
-
-def test_changed_folders_are_noticed(folder_path, tmp_path):
-    copied = shutil.copytree(folder_path, tmp_path / "copy")
-    prepare.main(["--check", str(copied)])
-    values = np.load(copied / "features.npy")
-    np.save(copied / "features.npy", values + 1)
-    refuses("features.npy: changed since it was prepared", prepare.main, ["--check", str(copied)])
 
 
 def test_a_preparation_cut_short_leaves_no_folder_and_starts_again(crops_path, tmp_path, monkeypatch):
-    """Stopped in the middle: nothing is called OUT; the next call replaces what is left and makes the same bytes."""
-    whole, out = prepare_to(tmp_path / "whole", *crops_command(crops_path)), tmp_path / "out"
+    """Stopped in the middle: nothing is called OUT; the next call replaces what is left."""
+    out = tmp_path / "out"
     with monkeypatch.context() as patched, pytest.raises(TypeError):
         patched.setattr(prepare, "white_levels", None)          # every patch is written
         prepare_to(out, *crops_command(crops_path))
-    assert not out.exists() and list((tmp_path / "out.partial").rglob("patches.npy"))
-    again = prepare_to(out, *crops_command(crops_path))
-    assert not (tmp_path / "out.partial").exists()
-    assert again.identity == whole.identity                     # checksums
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    prepare_to(out, *crops_command(crops_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # Pixels
@@ -1869,28 +1837,22 @@ def test_tiff_kinds_reach_one_scale(tmp_path, dtype, factor, compression):
     field = np.arange(6300).reshape(70, 90) * 37 % 256
     path = tmp_path / "a.tif"
     Image.fromarray((field * factor).astype(dtype)).save(path, compression=compression)
-    read = prepare.read_tiff(path)
-    assert read.dtype == np.uint16 and np.array_equal(read, field * 257)
-    assert prepare.read_tiff(path, header_only=True) == (70, 90)
+    assert np.array_equal(prepare.read_tiff(path), field * 257)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_tiff_refusals_say_what_the_file_is(tmp_path):
-    grey = Image.fromarray(np.zeros((8, 8), np.uint16))
     path = tmp_path / "a.tif"
-    refuses("a.tif: no TIFF .*No such file", prepare.read_tiff, path)
-    grey.save(path, "PNG")
-    refuses("a.tif: no TIFF that Pillow reads", prepare.read_tiff, path)
-    Image.new("RGB", (8, 8)).save(path)
-    refuses("a.tif: mode RGB, 1 pages, expected one grey", prepare.read_tiff, path)
-    Image.fromarray(np.full((8, 8), 300, np.float32)).save(path)
-    refuses("a.tif: floats from 300 to 300, expected 0 to 1", prepare.read_tiff, path)
-    grey.save(path, save_all=True, append_images=[grey])
-    refuses("a.tif: .*2 pages, expected", prepare.read_tiff, path)
-    grey.save(path)
-    is_black = bytes.fromhex("0601 0300 01000000 0100")     # PhotometricInterpretation: 1, 0 is black
-    path.write_bytes(path.read_bytes().replace(is_black, is_black[:-2] + b"\0\0"))
-    refuses("a.tif: .*black 0", prepare.read_tiff, path)
+    grey = Image.fromarray(np.zeros((8, 8), np.uint16))
+    for message, picture, how in [
+        ("no TIFF that Pillow reads", grey, {"format": "PNG"}),
+        ("mode RGB, 1 pages, expected one grey", Image.new("RGB", (8, 8)), {}),
+        ("floats from 300 to 300, expected 0 to 1", Image.fromarray(np.full((8, 8), 300, np.float32)), {}),
+        ("2 pages, expected", grey, {"save_all": True, "append_images": [grey]}),
+        ("black 0", grey, {"tiffinfo": {262: 0}}),          # PhotometricInterpretation
+    ]:
+        picture.save(path, **how)
+        refuses(f"a.tif: .*{message}", prepare.read_tiff, path)
 
 
 def test_fields_images_are_found_by_name_and_folder(tmp_path):
@@ -1900,7 +1862,7 @@ def test_fields_images_are_found_by_name_and_folder(tmp_path):
     images = prepare.Images(tmp_path)
     assert images.find("B.tiff", "") == tmp_path / "b.TIFF"                 # whatever the case
     assert set(images.paths) == {"a.tif", "b.tiff"}                         # no hidden file, no thumbnail
-    for folder, found in (("Week4/W1", "Week4/W1/a.tif"), ("D:\\data\\w2\\", "Week4/W2/a.TIF"), (f"{tmp_path}/Week4/W2", "Week4/W2/a.TIF")):
+    for folder, found in (("Week4/W1", "Week4/W1/a.tif"), ("D:\\data\\w2\\", "Week4/W2/a.TIF")):
         assert images.find("a.tif", folder) == tmp_path / found
     refuses("have one name, and PathName_ 'W3' does not tell", images.find, "a.tif", "W3")
     refuses("no .tif", prepare.Images, tmp_path / "none")
@@ -1938,35 +1900,31 @@ def test_release_gives_the_simulated_cells(tmp_path, release):
     """Fields and tables written as BBBC021 and CellProfiler do, read back: every cell has its own patch and measurements."""
     direct = prepare_to(tmp_path / "direct", "--simulate", 100)
     read = prepare_to(tmp_path / "read", *fields_command(release))
-    assert np.array_equal(direct.patches, read.patches) and len(read) == 100
+    assert np.array_equal(direct.patches, read.patches)
     assert np.array_equal(direct.raw, read.raw[:, [read.features.index(f) for f in direct.features]])
     same = data.CELL_COLUMNS[2:9]                               # plate, well, ..., moa
     assert direct.cells[same].equals(read.cells[same])
-    refuses("exists already", prepare.main, ["--simulate", "100", "--write-release", str(release)])
 
 
 def test_bad_fields_are_refused_or_left_out_by_name(tmp_path, release):
-    """A wrongly sized, cut or missing file; with --skip-bad its cells are left out."""
+    """A wrongly sized or missing file; with --skip-bad its cells are left out."""
     whole = prepare_to(tmp_path / "a", *fields_command(release))
-    small, short, absent = sorted((release / "images").rglob("*.tif"))[1:10:4]          # w2, w4 and w1 of three fields
+    small, absent = sorted((release / "images").rglob("*.tif"))[1:10:8]         # w2 and w1 of two fields
     Image.fromarray(np.zeros((100, 100), np.uint16)).save(small)
     refuses(f"{small.name}: its size", prepare_to, tmp_path / "b", *fields_command(release))
-    short.write_bytes(short.read_bytes()[:1000])
     absent.unlink()
     refuses(f"{absent.name}: no TIFF .*No such file", prepare_to, tmp_path / "b", *fields_command(release))
     left = prepare_to(tmp_path / "c", *fields_command(release, "--skip-bad"))
-    gone = {file.stem[:-3] for file in (small, short, absent)}
-    stay = ~whole.cells["field"].str[:-3].isin(gone)
-    assert stay.sum() == len(left) < 60 and np.array_equal(left.patches, whole.patches[stay])
+    stay = ~whole.cells["field"].str[:-3].isin([small.stem[:-3], absent.stem[:-3]])
+    assert stay.sum() < 80 and np.array_equal(left.patches, whole.patches[stay])
 
 
-def test_cells_at_the_edge_of_a_field_are_left_out(tmp_path, release, capsys):
+def test_cells_at_the_edge_of_a_field_are_left_out(tmp_path, release):
     path = release / "cellprofiler/Nuclei.csv"
     nuclei = pd.read_csv(path)
-    nuclei.loc[:2, ["Location_Center_X", "Location_Center_Y"]] = [[33.99, 60], [60, 479], [34, 34]]     # a field is 512 high
+    nuclei.loc[:2, CENTRE] = [[33.99, 60], [60, 479], [34, 34]]     # a field is 512 high
     nuclei.to_csv(path, index=False)
-    folder = prepare_to(tmp_path / "a", *fields_command(release))
-    assert len(folder) == 98 and "2 cells lie less than half a crop" in capsys.readouterr().out
+    assert len(prepare_to(tmp_path / "a", *fields_command(release))) == 98
 
 
 @needs_shared
@@ -1989,7 +1947,6 @@ def test_fields_are_measured_without_cellprofiler(tmp_path, release, capsys):
     """TIFFs alone: the cells that were drawn are found, cut and measured; an interrupted call does not measure a field twice."""
     command = ["--images", release / "images"]
     folder = prepare_to(tmp_path / "out", *command)
-    assert "6/6 fields measured" in capsys.readouterr().out
     drawn, table = prepare.simulate_table(100, 0)
     found = folder.cells.assign(area=folder.raw[:, folder.features.index("Nuclei_AreaShape_Area")])
     pairs = drawn.assign(field=drawn["field"] + "_w1", drawn=table["Nuclei_AreaShape_Area"]).merge(found, on="field")
@@ -2014,17 +1971,14 @@ def test_fields_files_are_grouped_by_the_wave_in_their_name(tmp_path):
 def test_fields_that_cannot_be_grouped_are_refused(tmp_path, release):
     files = sorted((release / "images").rglob("*.tif"))
     path = release / "BBBC021_v1_image.csv"
-    image = pd.read_csv(path)
     alone = ["--images", release / "images"]
     refuses("measuring needs three", prepare_to, tmp_path / "a", *alone, "--channels", "DAPI,Actin")
     refuses("has no FileName_DNA for every field", prepare_to, tmp_path / "a", *alone, "--image-csv", path, "--channels", "DNA,B,C")
-    pd.concat([image, image]).to_csv(path)
+    pd.concat([pd.read_csv(path)] * 2).to_csv(path)
     refuses("12 rows are of the 6 images", prepare_to, tmp_path / "a", *fields_command(release))
-    image[:0].to_csv(path)
-    refuses("0 rows are of", prepare_to, tmp_path / "a", *fields_command(release))
     shutil.copy(files[0], files[0].with_name(files[0].stem + "_again.tif"))
     files[1].unlink()
-    refuses("3 files share its name up to _w, of numbers .'1', '1', '4'.", prepare_to, tmp_path / "a", *alone)
+    refuses("files of numbers .'1', '1', '4'. share its name up to _w", prepare_to, tmp_path / "a", *alone)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2083,15 +2037,12 @@ def combined(tables):
     return one.reset_index(names=[("Image", "ImageNumber"), ("Nuclei", "ObjectNumber")])
 
 
-def write_database(path, tables, single):
-    """The tables as ExportToDatabase writes them, one for all or one an object."""
-    written = {name: table.add_prefix(f"{name}_") for name, table in tables.items()}
-    if single:
-        one = combined(tables)
-        written = {"Image": tables["Image"], "Object": one.set_axis(one.columns.map("_".join), axis=1)}
+def write_database(path, tables):
+    """The tables as ExportToDatabase writes them, one for all objects."""
+    one = combined(tables)
     connection = sqlite3.connect(path)
-    for name, table in written.items():
-        table.to_sql(f"MyExpt_Per_{name}", connection, index=False)
+    one.set_axis(one.columns.map("_".join), axis=1).to_sql("MyExpt_Per_Object", connection, index=False)
+    tables["Image"].to_sql("MyExpt_Per_Image", connection, index=False)
     connection.close()
     return path
 
@@ -2111,10 +2062,9 @@ def assert_own_values(export, gone=()):
     table = pd.DataFrame(export.values, columns=export.names)
     pd.testing.assert_frame_equal(table, right, check_dtype=False, check_like=True)
     assert len(nucleus) == 10
-    assert (export.cells["x"] == 9 * nucleus + 3.5).all()
 
 
-@pytest.mark.parametrize("form", ["csv", "two header rows", "tables", "single table"])
+@pytest.mark.parametrize("form", ["csv", "two header rows", "single table"])
 def test_export_pairs_objects_by_parents(tmp_path, form):
     """And puts back what CellProfiler moved up, and only that."""
     path = tmp_path / "csv"
@@ -2124,10 +2074,9 @@ def test_export_pairs_objects_by_parents(tmp_path, form):
             (path / f"{o}.csv").unlink()
         combined(tables).to_csv(path / "Nuclei.csv", index=False)
     elif form != "csv":
-        path = write_database(tmp_path / "a.db", tables, form == "single table")
+        path = write_database(tmp_path / "a.db", tables)
     export = read_export(path)
     assert_own_values(export, gone=(2, 4))
-    assert export.cells["cell"].iloc[0] == "B02_s1_DAPI_1"
     assert set(export.cells["compound"]) == {"NA"}
     assert "6 columns of Cytoplasm stand beside the rows of absent objects" in export.report[0]
     assert "nuclei without Cytoplasm, values missing: 4, first: object 2 of image 1" in export.report[1]
@@ -2137,19 +2086,17 @@ def test_export_without_a_cell_leaves_the_nucleus_out(tmp_path):
     """A combined table ends with empty rows of the objects that are fewer."""
     tables = write_export(tmp_path)
     tables["Cells"] = tables["Cells"].drop([3, 4])
-    path = write_database(tmp_path / "a.db", tables, single=True)
+    path = write_database(tmp_path / "a.db", tables)
     export = read_export(path)
     assert export.report == [f"{path}: nuclei without Cells, left out: 2, first: object 1 of image 1"]
     assert list(export.cells["cell"].str[-1]) == list("34512345")
-    assert export.values[0, 0] == 103
 
 
 def test_export_names_objects_otherwise(tmp_path):
     """--objects: file names, prefixes of columns and parents; the features keep the usual names."""
     objects = objects_argument("Nuclei=FilteredNuclei,Cells=Nuclei_Cellpose3")
-    for text in ("Nuclei", "Kerne=A", "Nuclei="):
-        with pytest.raises(argparse.ArgumentTypeError, match="expected Nuclei=NAME"):
-            objects_argument(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="expected Nuclei=NAME"):
+        objects_argument("Kerne=A")
     write_export(tmp_path)
     for o in ("Cells", "Cytoplasm"):
         edit(tmp_path, o, "Parent_Nuclei", "Parent_FilteredNuclei")
@@ -2192,7 +2139,6 @@ def test_exports_in_folders_are_joined(tmp_path):
     export = read_export(tmp_path)
     assert np.array_equal(export.values[:10], export.values[10:])
     assert export.cells.loc[10, "cell"] == "p2_Images_B02_s1_DAPI_1"
-    assert export.cells.loc[10, "image"] == 2
     edit(tmp_path / "p2", "Image", "p2", "p1")
     refuses("image file .*B02_s1_DAPI' stands in two rows", read_export, tmp_path)
     edit(tmp_path / "p2", "Cells", "AreaShape_Area", "Texture_Extra")
@@ -2200,21 +2146,16 @@ def test_exports_in_folders_are_joined(tmp_path):
     assert_own_values(read_export(tmp_path, skip_bad=True))
 
 
-REFUSED = [  # a file, a regular expression in it, what takes its place, the line
+@pytest.mark.parametrize("name, old, new, line", [  # a file, a regular expression in it, what takes its place, the line
     ("Image", "(?m)^2,.*\n", "", "Nuclei without a row in the Image table.*first: object 1 of image 2"),
-    ("Image", "(?m)^(1,.*\n)", r"\1\1", "Nuclei or their images stand twice"),
     ("Nuclei", "(?s)\n.*", "\n", "no cell in it"),
     ("Nuclei", "(?m)^1,2", "1,1", "Nuclei or their images stand twice.*first: object 1 of image 1"),
     ("Nuclei", ",104\n", ",high\n", "row 4, column Nuclei_AreaShape_Area: 'high' is not a number"),
     ("Nuclei", "(?m)^1,2,2,21.5", "1,2,2,90", "outside their own bounding box.*first: object 2 of image 1"),
-    ("Cells", "Parent_Nuclei", "Count_A", "Cells has no Parent_Nuclei, .*; found .\\];"),
     ("Cells", "(?m)^1,1,5", "1,1,4", "Cells have the same Parent_Nuclei.*object 2 of image 1"),
     ("Cells", ",211\n", "\n", "Cells.csv: row 11 has 9 fields, the header 10"),
     ("Cells", ",", "\t", "Cells.csv: .*tabs"),
-]
-
-
-@pytest.mark.parametrize("name, old, new, line", REFUSED, ids=[line for *_, line in REFUSED])
+])
 def test_export_refused(tmp_path, name, old, new, line):
     write_export(tmp_path)
     edit(tmp_path, name, old, new)
@@ -2225,7 +2166,7 @@ def test_export_that_is_none(tmp_path):
     """A file, two exports in one place, a cut database."""
     tables = write_export(tmp_path)
     refuses("expected the folder of CellProfiler's CSV", read_export, tmp_path / "Cells.csv")
-    path = write_database(tmp_path / "a.db", tables, single=False)
+    path = write_database(tmp_path / "a.db", tables)
     path.write_bytes(path.read_bytes()[:5000])
     refuses("not a readable SQLite file", read_export, path)
     image = (tmp_path / "Image.csv").rename(tmp_path / "New_Image.csv")
@@ -2240,7 +2181,6 @@ def test_flat_table_reads_as_its_export(tmp_path):
     (tmp_path / "Cells.csv").unlink()
     (tmp_path / "Cytoplasm.csv").unlink()
     whole = read_table(tmp_path)
-    assert np.isnan(whole.loc[0, "Nuclei_AreaShape_Area"])
     path = tmp_path / "flat.csv"
     whole.assign(Nuclei_Location_Center_X=1).to_csv(path, index=False)
     flat = read_table(path)
