@@ -473,7 +473,7 @@ class Result:
         table = pd.DataFrame({"n": about["n"]} | record for record in self.records)
         table = table.assign(split=about["split"], seed=about["seed"], extractor="data.segment and measure")
         data.write(path.with_suffix(".csv"), table.to_csv(index=False, lineterminator="\n"))
-        content = {"about": about, "records": json.loads(table.to_json(orient="records"))}  # 10 decimals
+        content = dict(about=about, records=json.loads(table.to_json(orient="records")))  # 10 decimals
         data.write(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
         if self.rows:
             data.write(path.with_suffix(".png"), strip(self.rows, self.title).save)
@@ -653,7 +653,7 @@ def algebra(cells, feature=AREA):
         got = result.draw(cells, f"draw {k + 1}", f, heads, [j], requested=asked)[:, j]
         moves.append((got[3] - got[2]) / (asked[0] - asked[1]))
     moved = mean_interval(np.array(moves), cells.seed)
-    result.records.append({"row": "realised / requested move", "asked": feature} | moved)
+    result.records.append(dict(row="realised / requested move", asked=feature) | moved)
     result.rows = result.rows[:5]
     return result
 

@@ -3011,8 +3011,8 @@ def test_sweep_and_its_page(folder_path, run_path, tmp_path, capsys):
         records, about = edit_call("sweep", folder_path, run_path, tmp_path / out, *arguments, str(tmp_path / out / "cell.html"))
     assert_same_files(tmp_path / "a", tmp_path / "b")
     folder, G = data.open_folder(folder_path), model.load(run_path / "last.pt")
-    low, high = np.quantile(folder.raw[folder.rows("train"), 0], [0.01, 0.99])
-    assert [records[1]["requested"], records[3]["requested"]] == pytest.approx([low, high])
+    ends = np.quantile(folder.raw[folder.rows("train"), 0], [0.01, 0.99])
+    assert [r["requested"] for r in records[1:4:2]] == pytest.approx(ends)
     assert records[4]["outside percentile"] == records[6]["outside percentile"]  # 0 sd: its own
     row = interpolate.Cells(G, folder).middle(folder.rows("test"))
     assert folder.cells["cell"][row] == about["cell"]  # the typical cell
@@ -3021,7 +3021,7 @@ def test_sweep_and_its_page(folder_path, run_path, tmp_path, capsys):
     assert [len(words) for _, words in content["rows"]] == [27, 27] and about["cell"] in page and "http" not in page
     sprite = np.asarray(Image.open(io.BytesIO(base64.b64decode(content["sprite"]))))
     edit = folder.measurements([row])
-    edit[0, 0] = high
+    edit[0, 0] = ends[1]
     drawn = data.composite(G(model.standardise(edit, folder.centre, folder.scale)))[0].astype(int)
     assert np.abs(sprite[:68, 68 * 26:] - drawn).max() <= 1  # the first row's last stop
     assert "pictures lie outside the data" in capsys.readouterr().out
@@ -3040,7 +3040,7 @@ def test_the_other_figures(folder_path, run_path, tmp_path, monkeypatch, capsys)
     features = ["Nuclei_AreaShape_Area", "*MeanIntensity_DAPI"]
     records, _ = edit_call("controllability", *base, "--n", "2", "--edit", "conditional", "--feature", *features)
     assert [r["status"] for r in records] == ["measured", "relative"] and records[1]["slope"] is None
-    assert capsys.readouterr().out.count("not drawn by matplotlib") == 3 and not list(tmp_path.glob("*_chart.png"))
+    assert capsys.readouterr().out.count("not drawn by matplotlib") == 3
 
 
 @pytest.mark.parametrize("kind", ["vae", "lsgan"])
@@ -3118,7 +3118,6 @@ def test_a_table_is_edited_as_the_folders_cells_are(folder_path, run_path, tmp_p
 def test_refused_edits(call, message, folder_path, run_path, tmp_path):
     command, *more = call.split()
     refuses(message, edit_call, command, folder_path, run_path, tmp_path, *more)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("call", ["sweep --steps 0 --run x --data x", "sweep --run x"])
