@@ -53,19 +53,6 @@ ALIKE = 0.05  # sd: a measurement that halving the brightness moves by more depe
 # Edits of measurements: raw (n, F) in CellProfiler's units, or f (n, F) in standard deviations
 
 
-def edited(raw, places, values, scale, angle, covariance=None):
-    """Raw vectors (n, F) with the features `places` (g,) set to `values` (n, g); directions (`angle` (F,) bool) wrap into -90..90 degrees.
-    Without `covariance` all else is held. With it (F, F), in sd, the others move as their conditional mean does when the edited
-    ones move: f_o + C_oe C_ee^-1 (f_e' - f_e); an edit to the cell's own values changes nothing."""
-    out = raw.copy()
-    if covariance is not None:
-        weights = np.linalg.solve(covariance[np.ix_(places, places)], covariance[places])  # (g, F)
-        moved = (values - out[:, places]) / scale[places]  # (n, g) in sd
-        out += moved @ weights * scale
-    out[:, places] = values
-    return np.where(angle & (abs(out) > 90), wrap(out), out)
-
-
 def wrap(degrees):
     """Directions, which are the same after half a turn, in -90..90 degrees."""
     return (degrees + 90) % 180 - 90
@@ -303,12 +290,19 @@ class Cells:
         return Reference(self.f(self.train))
 
     def edit(self, raw, places, values, way):
-        """raw (n, F) with the features `places` (g,) set to `values` (n, g). What the others do: `way`, a word of OTHERS, explained
-        in `edited`; another way is a branch here."""
-        covariance = None
+        """raw (n, F) with the features `places` (g,) set to `values` (n, g); directions wrap into -90..90 degrees. `way`, a word of
+        OTHERS: what the other features do; another way is a branch here. hold: nothing. conditional: they move as their conditional
+        mean does when the edited ones move, f_o + C_oe C_ee^-1 (f_e' - f_e) with the covariance C of the training cells; an edit to
+        the cell's own values changes nothing."""
+        out = raw.copy()
         if way == "conditional":
-            covariance = self.reference.covariance
-        return edited(raw, places, values, self.scale, is_angle(self.features), covariance)
+            covariance = self.reference.covariance  # (F, F) in sd
+            weights = np.linalg.solve(covariance[np.ix_(places, places)], covariance[places])  # (g, F)
+            moved = (values - raw[:, places]) / self.scale[places]  # (n, g) in sd
+            out += moved @ weights * self.scale
+        out[:, places] = values
+        turned = is_angle(self.features) & (abs(out) > 90)
+        return np.where(turned, wrap(out), out)
 
     def paint(self, f):
         """Pictures (n, C, S, S) of f (n, F)."""

