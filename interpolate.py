@@ -13,6 +13,7 @@ import difflib
 import fnmatch
 import functools
 import html
+import inspect
 import io
 import json
 import re
@@ -46,24 +47,10 @@ TERMS = 3  # cells averaged in each of its terms
 # high, low, other -> these three, and high - low + other
 SUM = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, -1, 1]])
 ALIKE = 0.05  # sd: a measurement that halving the brightness moves by more depends on it
-EXTRACTOR = "data.segment and measure"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Edits of measurements: raw (n, F) in CellProfiler's units, or f (n, F) in standard deviations
-
-
-def edited(raw, places, values, scale, angle, covariance=None):
-    """Raw vectors (n, F) with the features `places` (g,) set to `values` (n, g); directions (`angle` (F,) bool) wrap into -90..90 degrees.
-    Without `covariance` all else is held. With it (F, F), in sd, the others move as their conditional mean does when the edited
-    ones move: f_o + C_oe C_ee^-1 (f_e' - f_e); an edit to the cell's own values changes nothing."""
-    out = np.array(raw, np.float64)
-    if covariance is not None:
-        weights = np.linalg.solve(covariance[np.ix_(places, places)], covariance[places])  # (g, F)
-        moved = (values - out[:, places]) / scale[places]  # (n, g) in sd
-        out += moved @ weights * scale
-    out[:, places] = values
-    return np.where(angle & (abs(out) > 90), wrap(out), out)
 
 
 def wrap(degrees):
@@ -94,18 +81,16 @@ def rank_latents(z):
 
 
 def cosine(a, b):
-    """Cosine (n,) between the rows of a (n, F) and b (F,), over the places where b and all of a are finite; NaN without length."""
+    """Cosine (n,) between the rows of a (n, F) and b (F,), over the places where b and all of a are finite."""
     use = np.isfinite(a).all(0) & np.isfinite(b)
     a, b = a[:, use], b[use]
-    length = np.linalg.norm(a, axis=1) * np.linalg.norm(b)
-    length[length == 0] = np.nan
-    return a @ b / length
+    return a @ b / (np.linalg.norm(a, axis=1) * np.linalg.norm(b))
 
 
 def representative(f):
     """The row of f (n, F) nearest to its mean (Euclid), and its distance."""
     distance = np.linalg.norm(f - f.mean(0), axis=1)
-    return int(distance.argmin()), float(distance.min())
+    return distance.argmin(), distance.min()
 
 
 def principal_axes(f):
@@ -124,7 +109,7 @@ def silhouettes(f, group):
     total = cdist(f, f) @ member
     a = (total * member).sum(1) / (member @ count - 1)  # mean distance to the others of its group
     b = np.where(member, np.inf, total / count).min(1)  # to the nearest other group
-    return (b - a) / np.maximum(np.maximum(a, b), 1e-12)
+    return (b - a) / np.maximum(a, b)
 
 
 def mean_interval(values, seed, name="value"):
@@ -149,8 +134,8 @@ def ledoit_wolf(f):
     target = np.trace(s) / width * np.eye(width)
     distance = ((s - target) ** 2).sum()
     noise = (((f ** 2).sum(1) ** 2).mean() - (s ** 2).sum()) / n
-    shrinkage = min(noise, distance) / distance if distance > 0 else 1.0
-    return (1 - shrinkage) * s + shrinkage * target, float(shrinkage)
+    shrinkage = min(1.0, noise / max(distance, 1e-300))  # of a single feature the distance is 0
+    return (1 - shrinkage) * s + shrinkage * target, shrinkage
 
 
 class Reference:
@@ -163,10 +148,10 @@ class Reference:
             raise InputError(f"{len(f)} training cells: too few to say how far edits go, 20 are needed")
         self.mean = f.mean(0)
         self.covariance, self.shrinkage = ledoit_wolf(f)
-        self.inverse = np.linalg.inv(self.covariance + 1e-9 * np.eye(len(self.mean)))
+        self.inverse = np.linalg.inv(self.covariance)
         inside = self.mahalanobis(f)
         leverage = (1 - self.shrinkage) / len(f) * inside
-        self.ranked = np.sort(inside / np.maximum(1 - leverage, 1e-9))
+        self.ranked = np.sort(inside / (1 - leverage))
         self.known = f
         some = f[::len(f) // 1000 + 1]
         to_others = np.partition(cdist(some, f), 1)[:, 1]  # the nearest is the cell itself
@@ -183,7 +168,7 @@ class Reference:
 
     def nearest(self, f):
         """The distance (n,) of each vector to its nearest training cell, in units of what is usual between them (median)."""
-        return cdist(f, self.known).min(1) / max(self.usual, 1e-12)
+        return cdist(f, self.known).min(1) / self.usual
 
 
 def outside(percentile):
@@ -197,7 +182,6 @@ def outside(percentile):
 
 # ------------------------------------------------------------------------------------------------------------
 # Measured again
-
 
 
 def obedience(asked, got, features, scale, j, follow=0, seed=0):
@@ -221,17 +205,18 @@ def obedience(asked, got, features, scale, j, follow=0, seed=0):
     miss = got[:, :, j] - asked[:, :, j]
     if angle[j]:
         miss = wrap(miss)
-    record["error"] = np.nanmedian(np.abs(miss)) / scale[j]
-    record["offset"] = np.nanmedian(miss) / scale[j]
     moved = got[:, :, j] - got[OFFSETS == 0, :, j]
     pairs = pd.DataFrame(dict(asked=OFFSETS.repeat(got.shape[1]), moved=moved.ravel()))
-    record["spearman"] = pairs.corr("spearman").loc["asked", "moved"]
-    return record
+    return record | dict(
+        error=np.nanmedian(np.abs(miss)) / scale[j],
+        offset=np.nanmedian(miss) / scale[j],
+        spearman=pairs.corr("spearman").loc["asked", "moved"],
+    )
 
 
 def is_angle(features):
     """Which features (F,) are directions, in degrees that wrap at 180."""
-    return np.array([name.endswith("_Orientation") for name in features])
+    return np.char.endswith(features, "_Orientation")
 
 
 def feature_groups(features, channels):
@@ -247,7 +232,6 @@ def feature_groups(features, channels):
     return groups
 
 
-
 # ------------------------------------------------------------------------------------------------------------
 # The cells that edits start from, the generator that draws them, and the engine that measures its pictures
 
@@ -256,8 +240,6 @@ class Cells:
     """The cells of a prepared folder. `rows`: those of the split; `train`: those that stand for the data; `table`: a frame with a row
     for each cell of the folder. raw (n, F) are measurements in CellProfiler's units (trained with plate-dmso: in DMSO sd of the plate),
     f (n, F) what G takes: the same in sd, clipped; of a VAE or GAN its latent vectors. Pictures (n, C, S, S) are in 0..1, on the CPU."""
-    has_pictures = True
-    dropped = {}
 
     def __init__(self, G, folder, split="test", seed=0):
         self.G = G
@@ -267,9 +249,8 @@ class Cells:
         self.features = G.features
         self.centre = G.centre.numpy()
         self.scale = G.scale.numpy()
-        self.area = [j for j, name in enumerate(G.features) if name == AREA]
+        self.area = np.flatnonzero(np.isin(G.features, AREA))  # its place, if it is a feature
         if folder:
-            self.dropped = folder.meta["dropped"]
             self.table = folder.cells
             self.train = self.pick(folder.rows("train"), REFERENCE)
             if split == "all":
@@ -277,25 +258,21 @@ class Cells:
             else:
                 self.rows = folder.rows(split)
 
-    def pick(self, rows, most, n=None):
-        """n of the rows (None: all, `most` at most), by the seed; InputError if there are fewer."""
-        if n and n > len(rows):
-            raise InputError(f"--n {n}: too few cells, there are {len(rows)}")
-        return np.sort(np.random.default_rng(self.seed).permutation(rows)[:n or most])
+    def pick(self, rows, most):
+        """Some of the rows, `most` at most, by the seed."""
+        return np.sort(np.random.default_rng(self.seed).permutation(rows)[:most])
 
     def places(self, pattern):
-        """The places (g,) of a feature, or of a group by a pattern like 'Nuclei_Texture_*'.
-        InputError: it was dropped in preparation, or is unknown (with the nearest names)."""
-        if pattern in self.dropped:
-            raise InputError(f"--feature {pattern}: was left out in preparation ({self.dropped[pattern]})")
+        """The places (g,) of a feature, or of a group by a pattern like 'Nuclei_Texture_*'; InputError with the nearest names."""
         places = [j for j, name in enumerate(self.features) if fnmatch.fnmatchcase(name, pattern)]
         if not places:
             near = difflib.get_close_matches(pattern, self.features, 5, 0.3)
-            raise InputError(f"--feature {pattern}: not a feature of this model; nearest: {near}")
+            raise InputError(f"--feature {pattern}: not a feature of this model (meta.json of the prepared folder says what was "
+                             f"left out); nearest: {near}")
         return places
 
     def raw(self, rows):
-        return np.array(self.folder.raw[rows], np.float64)
+        return self.folder.raw[rows].astype(float)
 
     def f(self, rows):
         return self.standardise(self.raw(rows))
@@ -313,23 +290,30 @@ class Cells:
         return Reference(self.f(self.train))
 
     def edit(self, raw, places, values, way):
-        """raw (n, F) with the features `places` (g,) set to `values` (n, g). What the others do: `way`, a word of OTHERS, explained
-        in `edited`; another way is a branch here."""
-        covariance = None
+        """raw (n, F) with the features `places` (g,) set to `values` (n, g); directions wrap into -90..90 degrees. `way`, a word of
+        OTHERS: what the other features do; another way is a branch here. hold: nothing. conditional: they move as their conditional
+        mean does when the edited ones move, f_o + C_oe C_ee^-1 (f_e' - f_e) with the covariance C of the training cells; an edit to
+        the cell's own values changes nothing."""
+        out = raw.copy()
         if way == "conditional":
-            covariance = self.reference.covariance
-        return edited(raw, places, values, self.scale, is_angle(self.features), covariance)
+            covariance = self.reference.covariance  # (F, F) in sd
+            weights = np.linalg.solve(covariance[np.ix_(places, places)], covariance[places])  # (g, F)
+            moved = (values - raw[:, places]) / self.scale[places]  # (n, g) in sd
+            out += moved @ weights * self.scale
+        out[:, places] = values
+        turned = is_angle(self.features) & (abs(out) > 90)
+        return np.where(turned, wrap(out), out)
 
     def paint(self, f):
         """Pictures (n, C, S, S) of f (n, F)."""
-        draw = self.G if self.G.takes == "features" else self.G.decode
+        draw = getattr(self.G, "decode", self.G)
         parts = [draw(part.to(self.G.device)).cpu() for part in torch.tensor(f).float().split(256)]
         return torch.cat(parts).clamp(0, 1)
 
     def look(self, x):
         """What CellProfiler would measure in pictures (n, F); NaN: no nucleus found, or not a measurement of pictures."""
         table = data.measurements(x, self.G.channels, self.G.white, self.G.device)
-        return table.reindex(columns=self.features).to_numpy(np.float64)
+        return table.reindex(columns=self.features).to_numpy(float)
 
     @functools.cached_property
     def relative(self):
@@ -385,7 +369,7 @@ class Cells:
 class TableCells(Cells):
     """The cells of a table (a row each, CellProfiler's names), without pictures. What stands for the data are the training cells of
     the folder or, without one, the table's own. A missing measurement is the training mean."""
-    has_pictures = False
+    pictures = None
 
     def __init__(self, G, table, folder=None, seed=0):
         super().__init__(G, folder, "train", seed)
@@ -418,7 +402,7 @@ class EncodedCells(Cells):
 class NoiseCells(Cells):
     """Cells that a GAN draws from noise: NOISE vectors noise0, noise1, ... in the order of model.sample(G, NOISE, seed); FRESH more
     stand for the data. raw is what their pictures measure."""
-    has_pictures = False
+    pictures = None
 
     def __init__(self, G, folder, split="test", seed=0):
         super().__init__(G, folder, "train", seed)
@@ -434,7 +418,6 @@ class NoiseCells(Cells):
 
     def raw(self, rows):
         return self.look(self.paint(self.noise[rows]))
-
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -461,15 +444,15 @@ class Result:
         seen = cells.look(x)
         far = cells.reference.how_far(f)
         self.outside += (far > 99).sum()
+        columns["outside percentile"] = far
+        columns["nearest"] = cells.reference.nearest(f)
         table = pd.DataFrame(dict(row=name, asked=heads, **columns))
-        table["outside percentile"] = far
-        table["nearest"] = cells.reference.nearest(f)
         for j in watch:
             table[f"measured {cells.features[j]}"] = seen[:, j]
         self.records += table.to_dict("records")
         words = [[head, *cells.readings(values, watch), outside(percentile)]
                  for head, values, percentile in zip(heads, seen, far)]
-        if cells.has_pictures and len(ends):
+        if cells.pictures and len(ends):
             real = cells.pictures(ends)
             said = [["real cell", *cells.readings(values, watch)] for values in cells.look(real)]
             x = torch.cat([real[:1], x, real[1:]])
@@ -482,9 +465,9 @@ class Result:
         out.mkdir(parents=True, exist_ok=True)
         path = out / re.sub(r"[^\w+-]+", "_", self.name)[:120]
         table = pd.DataFrame({"n": about["n"]} | record for record in self.records)
-        table = table.assign(split=about["split"], seed=about["seed"], extractor=EXTRACTOR)
+        table = table.assign(split=about["split"], seed=about["seed"], extractor="data.segment and measure")
         data.write(path.with_suffix(".csv"), table.to_csv(index=False, lineterminator="\n"))
-        content = {"about": about, "records": json.loads(table.to_json(orient="records"))}  # 10 decimals
+        content = dict(about=about, records=json.loads(table.to_json(orient="records")))  # 10 decimals
         data.write(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
         if self.rows:
             data.write(path.with_suffix(".png"), strip(self.rows, self.title).save)
@@ -495,12 +478,12 @@ class Result:
 
 def strip(rows, title):
     """Rows of (name, pictures (n, C, H, W) in 0..1, a list of lines for each), composites above their lines -> a PIL image."""
-    side = rows[0][1].shape[3]
+    n, _, _, side = rows[0][1].shape  # as all rows
     zoom = -(-136 // side)  # a picture is wide enough for its words
     column = side * zoom + 2
     height = column + 80  # of a row: 20 for the name, 60 for the words
-    width = max(len(x) for _, x, _ in rows) * column
-    picture = Image.new("RGB", (max(width, 7 * len(title)), 20 + height * len(rows)), "white")
+    width = max(n * column, 7 * len(title))
+    picture = Image.new("RGB", (width, 20 + height * len(rows)), "white")
     draw = ImageDraw.Draw(picture)
     draw.font = ImageFont.load_default(11)
     draw.text((4, 3), title, "black")
@@ -565,12 +548,8 @@ def sweep(cells, feature, low=None, high=None, steps=7, edit="hold", cell=None):
         levels = np.linspace(first, last, steps)
         values = np.concatenate([own[:, places], origin + levels[:, None] * step])  # (1 + steps, g)
         f = cells.standardise(cells.edit(own.repeat(len(values), 0), places, values, edit))
-        clipped = (np.abs(f) >= model.CLIP).any(1).sum()
-        if clipped:
-            print(f"warning: {pattern}: {clipped} vectors reach {model.CLIP:.0f} sd, where G's input is clipped")
         heads = [f"own {values[0, 0]:.4g}"] + [f"asked {level:.4g} {unit}" for level in levels]
-        result.draw(cells, title, f, heads, places[:1], [row],
-                    unit=unit, level=[np.nan, *levels], requested=values[:, 0])
+        result.draw(cells, title, f, heads, places[:1], [row], requested=values[:, 0])
     return result
 
 
@@ -616,8 +595,10 @@ def dose(cells, compound="latrunculin B"):
     heads = [f"at {v:.2f}" for v in t]
     result.draw(cells, f"from mean to mean; real cells: {', '.join(names)}", points, heads, (), middle,
                 pc1=track[:, 0], pc2=track[:, 1])
-    for space, vectors in (("all measurements", every), ("the plane", plane)):
-        result.records.append({"row": f"silhouette in {space}", "value": silhouettes(vectors, label).mean()})
+    result.records += [
+        dict(row="silhouette in all measurements", value=silhouettes(every, label).mean()),
+        dict(row="silhouette in the plane", value=silhouettes(plane, label).mean()),
+    ]
 
     def draw(axes):
         for name in names:
@@ -638,7 +619,6 @@ def walk(cells, ends):
     heads = [f"at {v:.2f}" for v in t]
     result.draw(cells, f"measured: {AREA}", line(*cells.f(rows), t), heads, cells.area, rows, t=t)
     return result
-
 
 
 def algebra(cells, feature=AREA):
@@ -667,7 +647,7 @@ def algebra(cells, feature=AREA):
         got = result.draw(cells, f"draw {k + 1}", f, heads, [j], requested=asked)[:, j]
         moves.append((got[3] - got[2]) / (asked[0] - asked[1]))
     moved = mean_interval(np.array(moves), cells.seed)
-    result.records.append({"row": "realised / requested move", "asked": feature} | moved)
+    result.records.append(dict(row="realised / requested move", asked=feature) | moved)
     result.rows = result.rows[:5]
     return result
 
@@ -681,7 +661,8 @@ def controllability(cells, feature=("*",), n=16, edit="hold"):
     some = cells.pick(cells.rows, 200)
     real = pd.DataFrame(cells.look(cells.pictures(some)))  # (200, F)
     ceiling = real.corrwith(pd.DataFrame(cells.raw(some)))  # (F,)
-    raw = cells.raw(cells.pick(cells.rows, n, n))  # (n, F)
+    raw = cells.raw(cells.pick(cells.rows, n))  # (n, F)
+    n = len(raw)
     follow = 0
     result = Result(f"controllability_{edit}", f"controllability, others {OTHERS[edit]}", n=n, edit=edit)
     begun = time.time()
@@ -696,26 +677,28 @@ def controllability(cells, feature=("*",), n=16, edit="hold"):
         record = obedience(asked, got, cells.features, cells.unit, j, follow, cells.seed)
         if cells.relative[j]:
             record["status"] = "relative"  # the pictures express it in another unit
-        record["outside percentile at 1 sd"] = np.median(far[[2, 4]])  # -1 and 1 sd
-        record["at the ends"] = np.median(far[[0, -1]])
-        record["ceiling r"] = ceiling[j]
+        record |= {
+            "outside percentile at 1 sd": np.median(far[[2, 4]]),  # -1 and 1 sd
+            "at the ends": np.median(far[[0, -1]]),
+            "ceiling r": ceiling[j],
+        }
         result.records.append(record)
         print(f"feature {done}/{len(places)} | {time.time() - begun:.0f} s", flush=True)
     result.chart = functools.partial(bars, records=result.records, names=["feature"], key="slope")
     return result
 
 
-def coupling(cells, n=None):
+def coupling(cells, n=500):
     """How much the pixel loss of each channel rises when one group of measurements is permuted between n cells: loss permuted / loss - 1,
     and its 95 % bootstrap interval over cells."""
-    rows = cells.pick(cells.rows, 500, n)
+    rows = cells.pick(cells.rows, n)
     n = len(rows)
     f, x = cells.f(rows), cells.pictures(rows)
     random = np.random.default_rng(cells.seed)
     weights = random.multinomial(n, np.full(n, 1 / n), 500)  # (500, n)
 
     def loss(f):
-        return np.asarray((x - cells.paint(f)).square().mean((2, 3)), np.float64)  # (n, C)
+        return (x - cells.paint(f)).square().mean((2, 3)).double().numpy()  # (n, C)
 
     base = loss(f)
     result = Result("coupling", "coupling", n=n)
@@ -744,8 +727,7 @@ def latents(cells):
     result = Result("latents", "Latent dimensions by mean |mu|, from -2 to 2 sd, the others at 0",
                     n=len(cells.rows))
     for d in order[:5]:
-        z = np.zeros((len(values[d]), len(size)))
-        z[:, d] = values[d]
+        z = np.outer(values[d], np.eye(len(size))[d])  # (9, F)
         heads = [f"at {v:.3g}" for v in values[d]]
         name = f"dimension {d}; measured: {AREA}"
         result.draw(cells, name, z, heads, cells.area,
@@ -882,13 +864,12 @@ def page(result, channels, others, source):
 
 MEASURED = ["sweep", "moa", "dose", "walk", "algebra", "controllability", "coupling"]  # of measurements
 LATENT = ["walk", "algebra", "latents"]  # by a VAE or GAN
-SHARED = ["command", "figure", "data", "table", "run", "split", "out", "seed", "device", "html"]  # for main
 
 
-def count(text):
-    """An argparse type: a whole number from 1."""
+def number_from_1(text):
+    """An argparse type; argparse puts its name into the refusal."""
     if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+        raise ValueError
     return int(text)
 
 
@@ -926,7 +907,7 @@ def parse(argv):
         help="first value, in a feature's unit (default: 1st percentile of training cells) or a group's sd (-3)")
     add("--high", type=float,
         help="last value (default: 99th percentile, or 3 sd)")
-    add("--steps", type=count, default=7,
+    add("--steps", type=number_from_1, default=7,
         help="pictures in a row (default 7)")
     add("--edit", default="hold", choices=OTHERS,
         help="the other measurements: held, or moved to their conditional mean")
@@ -938,7 +919,7 @@ def parse(argv):
     add = command(moa, "from DMSO to a mechanism, 50 measurements a step (Fig 5a)")
     add("--target", nargs="+",
         help="mechanisms, compounds or treatments, 'taxol 0.3' (default: the three commonest mechanisms)")
-    add("--block", type=count, default=BLOCK,
+    add("--block", type=number_from_1, default=BLOCK,
         help="measurements replaced a step (default 50)")
 
     add = command(dose, "DMSO and the concentrations of a compound (Fig 5b, c)")
@@ -956,14 +937,14 @@ def parse(argv):
     add = command(controllability, "for each feature: asked -3..3 sd against measured again")
     add("--feature", nargs="+", default=["*"],
         help="names or patterns (default: every feature; 7 n pictures each)")
-    add("--n", type=count, default=16,
-        help="cells (default 16)")
+    add("--n", type=number_from_1, default=16,
+        help="cells, or all where there are fewer (default 16)")
     add("--edit", default="hold", choices=OTHERS,
         help="the other measurements: held, or moved to their conditional mean")
 
     add = command(coupling, "which groups of measurements each channel depends on")
-    add("--n", type=count,
-        help="cells (default 500, or all where there are fewer)")
+    add("--n", type=number_from_1, default=500,
+        help="cells, or all where there are fewer (default 500)")
 
     command(latents, "the latent dimensions of a VAE or GAN, from -2 to 2 sd")
 
@@ -995,7 +976,8 @@ def main(argv=None):
         kind = {"features": Cells, "images": EncodedCells, "noise": NoiseCells}[G.takes]
         cells = kind(G, folder, args.split, args.seed)
 
-    options = {name: value for name, value in vars(args).items() if name not in SHARED}
+    own = list(inspect.signature(args.figure).parameters)[1:]  # of its flags; all take the cells first
+    options = {name: vars(args)[name] for name in own}
     result = args.figure(cells, **options)
     about = dict(
         command=args.command,
@@ -1006,9 +988,10 @@ def main(argv=None):
         step=G.step,
         split=cells.split,
         seed=args.seed,
-    )
-    about["known cells"] = len(cells.reference.ranked)
-    about["Ledoit-Wolf shrinkage"] = cells.reference.shrinkage
+    ) | {
+        "known cells": len(cells.reference.ranked),
+        "Ledoit-Wolf shrinkage": cells.reference.shrinkage,
+    }
     path = result.write(Path(args.out or checkpoint.parent / "interpolate"), about | result.about)
     if args.html:
         shown = sweep(cells, **options | {"steps": STOPS})
@@ -1023,5 +1006,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (data.InputError, model.InputError, OSError) as error:
+    except (InputError, model.InputError, OSError) as error:
         sys.exit(f"interpolate.py: {error}")
