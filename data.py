@@ -328,17 +328,17 @@ def read_csv(path, **options):
         raise InputError(f"{path}: not readable as CSV ({reason})") from None
 
 
-def numbers(frame, where):
-    """The frame with its columns of text as numbers. Text that is none is an InputError with its row (as in a file: the first
-    is 2) and column."""
+def numbers(frame, where, first=2):
+    """The frame with its columns of text as numbers. Text that is none is an InputError with its row (`first`: number of the
+    first row) and column."""
     converted = {}
     for name, column in frame.select_dtypes(exclude=["number", "bool"]).items():
-        text = as_text(column)
+        text = column.fillna("").astype(str).str.strip()
         value = pd.to_numeric(text, errors="coerce").astype(float)
         wrong = value.isna() & ~text.str.lower().isin(MISSING)
         if wrong.any():
             row = wrong.argmax()
-            raise InputError(f"{where}, row {row + 2}, column {name}: "
+            raise InputError(f"{where}, row {row + first}, column {name}: "
                              f"{text.iloc[row]!r} is not a number")
         converted[name] = value
     return frame.assign(**converted)
@@ -385,7 +385,7 @@ def complete_treatments(cells, moa=None, what="cells"):
     cells = cells.copy()
     if "concentration" not in cells:
         cells["concentration"] = nan
-    dose = numbers(cells[["concentration"]], f"the {what}")
+    dose = numbers(cells[["concentration"]], f"the {what}", first=1)
     cells["concentration"] = dose.map("{:.6g}".format).astype(float)
     solvent = is_solvent(cells["compound"])
     cells.loc[solvent, TREATMENT] = SOLVENT, 0.0
@@ -404,8 +404,8 @@ def match_mechanisms(cells, moa):
     treated = cells.loc[cells["compound"] != SOLVENT, TREATMENT].drop_duplicates()
     listed = moa.rename(columns={"concentration": "listed"})
     pairs = treated.merge(listed)                       # every dose used beside every dose listed
-    apart = (pairs["concentration"] - pairs["listed"]).abs()
-    near = pairs[apart <= DOSE_TOLERANCE * pairs["listed"]]
+    close = np.isclose(pairs["concentration"], pairs["listed"], rtol=DOSE_TOLERANCE, atol=0)
+    near = pairs[close]
     near = near.drop_duplicates(TREATMENT)
 
     found = cells[TREATMENT].merge(near, "left")
@@ -416,7 +416,7 @@ def match_mechanisms(cells, moa):
     elsewhere = sorted(set(pairs["compound"]) - set(near["compound"]))
     if elsewhere:
         report.append(f"{len(elsewhere)} compounds have a mechanism at other doses only: "
-                      f"{elsewhere[:10]}")
+                      f"{elsewhere}")
     return cells, report
 
 
