@@ -68,23 +68,18 @@ def seed(text):
     """The argparse type of every --seed."""
     value = int(text)
     if not 0 <= value < 2 ** 63:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 to {2 ** 63 - 1}")
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 to 2^63 - 1")
     return value
 
 
 def checksum(path):
     """SHA-256 of a file, as hexadecimal text."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2 ** 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
 def write(path, content):
-    """A file of `content`, a text or a function that saves to a path: written under another name, flushed to the disk,
-    then renamed, so that it is never there in part. Text is UTF-8, its line ends stay as they are."""
-    path = Path(path)
+    """A file at `path`, a Path, of `content`, a text or a function that saves to a path: written under another name, flushed to the
+    disk, then renamed, so that it is never there in part. Text is UTF-8, its line ends stay as they are."""
     temporary = path.with_name("." + path.name)
     if isinstance(content, str):
         temporary.write_bytes(content.encode())
@@ -163,8 +158,7 @@ class Folder:
 
 def treatment_names(cells):
     """The treatment of each cell, compound and concentration in one text: 'taxol 0.3'."""
-    dose = cells["concentration"].map("{:g}".format)
-    return cells["compound"] + " " + dose
+    return cells["compound"] + " " + cells["concentration"].map("{:g}".format)
 
 
 def open_array(path, dtype, shape):
@@ -189,12 +183,9 @@ def open_folder(path):
     about = path / "meta.json"
     try:
         meta = json.loads(about.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{path}: not a prepared folder (no meta.json); "
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a prepared folder (meta.json: {error}); "
                          f"make one with: python prepare_bbbc021.py --simulate --out {path}") from None
-    except ValueError as error:
-        raise InputError(f"{about}: not readable as JSON ({error}); "
-                         "prepare the folder again") from None
     if meta.get("format") != FORMAT or meta.get("plates"):      # plates: an older plate-dmso
         raise InputError(f"{about}: not of this version (format {meta.get('format')!r}; "
                          f"expected {FORMAT!r} and no plates); prepare the folder again")
@@ -246,7 +237,6 @@ OTHER_FORMATS = {       # how a file begins that is no CSV, whatever its name
     b"PAR1": "a Parquet file",
     b"SQLite format 3": "an SQLite database",
     b"PK\x03\x04": "a zip archive or an Excel workbook",
-    b"\xd0\xcf\x11\xe0": "an Excel workbook",
     b"\x89HDF": "an HDF5 file",
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
     b"\xff\xfe": "text in UTF-16",
@@ -279,7 +269,7 @@ def feature_columns(table):
     features, _, others = sort_columns(table.columns)
     if features:
         return features, []
-    told = set(metadata_columns(others).values())
+    told = metadata_columns(others).values()
     left_out = []
     for name in others:
         values = pd.to_numeric(table[name], errors="coerce")
@@ -291,7 +281,7 @@ def feature_columns(table):
             features.append(name)
     return features, ["no column has a name of CellProfiler's: "
                       f"{len(features)} other columns of numbers are the features",
-                      f"left out as counters: {', '.join(left_out) or 'none'}"]
+                      f"left out as counters: {left_out}"]
 
 
 def metadata_columns(columns):
@@ -308,13 +298,12 @@ def metadata_columns(columns):
 
 
 def refuse_other_formats(path):
-    """InputError that says what a file is, if it is no text."""
+    """ValueError that says what a file is, if it is no text."""
     with open(path, "rb") as file:
         head = file.read(16)
     for begin, what in OTHER_FORMATS.items():
         if head.startswith(begin):
-            raise InputError(f"{path}: is {what}, expected a CSV; "
-                             "save it as CSV (UTF-8, commas)")
+            raise ValueError(f"it is {what}; save it as CSV: UTF-8, commas")
 
 
 def read_csv(path, **options):
@@ -330,13 +319,10 @@ def read_csv(path, **options):
         refuse_other_formats(path)
         header = pd.read_csv(path, **settings | {"nrows": 0}).columns
         if len(header) == 1 and re.search("[\t;]", header[0]):
-            raise InputError(f"{path}: its columns are separated by tabs or semicolons, "
-                             "expected commas, and points in decimals; save it so")
-        told = metadata_columns(header)
-        settings.setdefault("dtype", dict.fromkeys(told.values(), str))
+            raise ValueError("its columns are separated by tabs or semicolons, "
+                             "expected commas, and points in decimals: save it so")
+        settings.setdefault("dtype", dict.fromkeys(metadata_columns(header).values(), str))
         return pd.read_csv(path, **settings)
-    except InputError:
-        raise
     except (OSError, ValueError, EOFError) as error:    # pandas' parser and empty-data errors are ValueErrors
         reason = " ".join(str(error).split())           # in one line
         raise InputError(f"{path}: not readable as CSV ({reason})") from None
@@ -418,8 +404,8 @@ def match_mechanisms(cells, moa):
     treated = cells.loc[cells["compound"] != SOLVENT, TREATMENT].drop_duplicates()
     listed = moa.rename(columns={"concentration": "listed"})
     pairs = treated.merge(listed)                       # every dose used beside every dose listed
-    apart = (pairs["concentration"] - pairs["listed"]).abs()
-    near = pairs[apart <= DOSE_TOLERANCE * pairs["listed"]]
+    close = np.isclose(pairs["concentration"], pairs["listed"], rtol=DOSE_TOLERANCE, atol=0)
+    near = pairs[close]
     near = near.drop_duplicates(TREATMENT)
 
     found = cells[TREATMENT].merge(near, "left")
@@ -430,7 +416,7 @@ def match_mechanisms(cells, moa):
     elsewhere = sorted(set(pairs["compound"]) - set(near["compound"]))
     if elsewhere:
         report.append(f"{len(elsewhere)} compounds have a mechanism at other doses only: "
-                      f"{', '.join(elsewhere[:10])}")
+                      f"{elsewhere}")
     return cells, report
 
 
@@ -440,22 +426,15 @@ def complete_cells(cells, moa=None):
     if "site" not in cells and "field" in cells:
         cells = cells.assign(site=cells["field"].str.extract(r"_s(\d+)(?:_|$)", expand=False))
     cells = cells.reindex(columns=CELL_COLUMNS[:-1])    # those that are absent are NaN
-    report = []
-    for name in cells.columns.difference(NUMBER_COLUMNS, sort=False):
-        text = as_text(cells[name])
-        cells[name] = text.replace("", "unknown")
-        missing = cells[name] == "unknown"
-        if missing.any() and name != "moa":
-            first = cells["cell"][missing].iloc[0]
-            report.append(f"{missing.sum()} cells have no {name}: "
-                          f"set to 'unknown', first: {first}")
-    cells, more = complete_treatments(cells, moa)
-    without = cells[cells["moa"] == "unknown"]
-    if len(without):
-        first = treatment_names(without).iloc[0]
-        more.append(f"{len(without)} cells have no mechanism: "
-                    f"set to 'unknown', first: {first}")
-    return cells, report + more
+    texts = cells.columns.difference(NUMBER_COLUMNS, sort=False)
+    cells[texts] = cells[texts].apply(as_text).replace("", "unknown")
+    cells, report = complete_treatments(cells, moa)
+    for name in texts:
+        missing = cells[cells[name] == "unknown"]
+        if len(missing):
+            report.append(f"{len(missing)} cells have no {name}: "
+                          f"set to 'unknown', first: {missing['cell'].iloc[0]}")
+    return cells, report
 
 
 def scale_by_dmso(x, plates, is_dmso, how="z"):
@@ -463,7 +442,6 @@ def scale_by_dmso(x, plates, is_dmso, how="z"):
     z: mean 0, sd 1 (ddof 0). percentile: 1st to 0, 99th to 1 (Ljosa et al. 2013). mad: median 0, 1.4826 MAD 1, clipped to +-10.
     none: as it is. plates (N,), is_dmso (N,) bool; missing values (NaN) stay and count for nothing.
     Returns an array of x's float type; InputError names a plate with fewer than two DMSO rows."""
-    x = np.asarray(x)
     x = x.astype(np.result_type(x, np.float32))
     plates = np.asarray(plates)
     is_dmso = np.asarray(is_dmso, bool)
@@ -490,10 +468,9 @@ def centre_and_spread(x, how):
         if how == "percentile":
             low, high = np.nanpercentile(x, [1, 99], axis=0)
             return low, high - low
-        if how == "mad":
-            median = np.nanmedian(x, 0)
-            return median, 1.4826 * np.nanmedian(np.abs(x - median), 0)
-    raise InputError(f"normalise {how!r}: expected z, percentile, mad or none")
+        assert how == "mad", how
+        median = np.nanmedian(x, 0)
+        return median, 1.4826 * np.nanmedian(np.abs(x - median), 0)
 
 
 def normalise_plates(table):
@@ -549,19 +526,18 @@ def scale_images(x, norm, white=None):
     if norm == "cell-max":
         brightest = x.amax((2, 3), keepdim=True)
         return x / brightest.clamp(min=1)
-    if norm == "percentile":
-        white = torch.as_tensor(white, dtype=x.dtype, device=x.device)
-        return (x / white[:, None, None]).clamp(max=1)
-    raise InputError(f"image norm {norm!r}: expected cell-max or percentile")
+    assert norm == "percentile", norm
+    white = x.new_tensor(white)
+    return (x / white[:, None, None]).clamp(max=1)
 
 
 def composite(x):
     """Images (B, C, H, W) of up to 3 channels, float in 0..1 or uint8 as from model.generate -> (B, H, W, 3) uint8: the first
     (DAPI) blue, tubulin green, actin red, as the paper draws them."""
     x = torch.as_tensor(x).detach().cpu()
-    assert x.ndim == 4 and x.shape[1] <= 3, x.shape
+    assert x.shape[1] <= 3, x.shape
     if x.dtype != torch.uint8:
-        x = (x.float().clamp(0, 1) * 255).round().to(torch.uint8)
+        x = (x.float().clamp(0, 1) * 255).round().byte()
     x = F.pad(x, (0, 0, 0, 0, 0, 3 - x.shape[1]))       # a channel that is absent is black
     return x.flip(1).permute(0, 2, 3, 1).numpy()
 
@@ -621,11 +597,11 @@ def otsu(x, bins=128):
     return threshold[:, :, None]
 
 
-def foreground(x, sigma, level=1.0):
-    """Bright pixels of each image, holes filled: smooth by `sigma` pixels, logarithm, cut at `level` of the way from the
+def foreground(x, level=1.0):
+    """Bright pixels of each image, holes filled: smooth by 1 pixel, logarithm, cut at `level` of the way from the
     darkest pixel to Otsu's threshold. x (N, H, W) float32 of any scale -> (smoothed x, (N, H, W) bool)."""
     x = np.maximum(x, 0)
-    x = ndi.gaussian_filter(x, (0, sigma, sigma))
+    x = ndi.gaussian_filter(x, (0, 1, 1))
     # in the logarithm a dim nucleus beside a bright one stays; + 0.05: the faint halo of a generated one does not count
     log = np.log(relative(x) + 0.05)
     low = np.percentile(log, 0.1, axis=PLANE, keepdims=True)
@@ -637,27 +613,26 @@ def foreground(x, sigma, level=1.0):
 
 def hills(height):
     """Label every pixel by the summit that steepest ascent reaches: height (N, H, W) -> (N, H, W) int, unique per summit."""
-    n, h, w = height.shape
-    index = np.arange(height.size).reshape(n, h, w)
+    _, h, w = height.shape
+    index = np.arange(height.size).reshape(height.shape)
     best = height - 1e-9 * (index % (h * w))            # the tilt breaks ties on a plateau
     heights = np.pad(best, ((0, 0), (1, 1), (1, 1)), constant_values=-inf)
     to = index                                          # the highest of each pixel and its neighbours
-    for dy in (0, 1, 2):
-        for dx in (0, 1, 2):
-            neighbour = heights[:, dy:dy + h, dx:dx + w]
-            higher = neighbour > best
-            to = np.where(higher, index + (dy - 1) * w + dx - 1, to)
-            best = np.where(higher, neighbour, best)
+    for dy, dx in np.ndindex(3, 3):
+        neighbour = heights[:, dy:dy + h, dx:dx + w]
+        higher = neighbour > best
+        to = np.where(higher, index + (dy - 1) * w + dx - 1, to)
+        best = np.where(higher, neighbour, best)
     to = to.ravel()
     while (to[to] != to).any():                         # follow the pointers, doubling the stride
         to = to[to]
-    return to.reshape(n, h, w) + 1
+    return to.reshape(height.shape) + 1
 
 
 def find_nuclei(dapi):
     """Nuclei of each image: dapi (N, H, W) -> (smoothed dapi, (N, H, W) int labels, 0 = background).
     Touching nuclei are parted where the smoothed distance to the background falls into different hills."""
-    smooth, bright = foreground(dapi, 1)
+    smooth, bright = foreground(dapi)
     depth = ndi.distance_transform_edt(bright, sampling=APART)
     depth = ndi.gaussian_filter(depth, (0, 3, 3))
     return smooth, hills(depth) * bright
@@ -666,7 +641,7 @@ def find_nuclei(dapi):
 def find_cells(nuclei, tubulin, actin):
     """Cells around nuclei: every bright pixel of tubulin + actin goes to the nearest nucleus. All (N, H, W) -> int labels."""
     stain = relative(tubulin) + relative(actin)
-    _, bright = foreground(stain, 1, level=0.5)         # cells fade out: halfway to Otsu
+    _, bright = foreground(stain, level=0.5)            # cells fade out: halfway to Otsu
     nearest = ndi.distance_transform_edt(nuclei == 0, sampling=APART,
                                          return_distances=False, return_indices=True)
     cells = nuclei[tuple(nearest)]
@@ -749,6 +724,7 @@ MARGIN = 1                          # pixels of nothing around a patch
 RINGS = 4
 WEDGES = 8
 DIAGONAL = sqrt(2) - 1              # what a diagonal step costs more than a straight one
+SCALE = 3                           # pixels between the pairs of a texture
 DIRECTIONS = [                      # of a texture, (dy, dx)
     (0, 1),                         # right
     (1, 1),                         # down-right
@@ -798,10 +774,7 @@ def distance_to_outside(m):
 
 def coordinates(m):
     """Row numbers (H,) and column numbers (W,) of the pixels of m (N, H, W), float64."""
-    _, h, w = m.shape
-    y = torch.arange(h, dtype=torch.float64, device=m.device)
-    x = torch.arange(w, dtype=torch.float64, device=m.device)
-    return y, x
+    return [torch.arange(n, dtype=torch.float64, device=m.device) for n in m.shape[1:]]
 
 
 # AreaShape
@@ -821,8 +794,9 @@ def ellipse(central):
     xx = central[0, 2] / area
     xy = central[1, 1] / area
     spread = torch.hypot((yy - xx) / 2, xy)
-    major = (yy + xx) / 2 + spread
-    minor = ((yy + xx) / 2 - spread).clamp(min=0)
+    middle = (yy + xx) / 2
+    major = middle + spread
+    minor = (middle - spread).clamp(min=0)
     angle = torch.atan2(2 * xy, yy - xx) / 2            # from the vertical; down-right is positive
     diagonal = torch.where(xy > 0, 45.0, -45.0)
     return {
@@ -943,13 +917,13 @@ def zernike_coefficients():
     """Each Zernike polynomial of ZERNIKE as coefficients of y**p * x**q: (30, 10, 10) complex."""
     table = np.zeros((len(ZERNIKE), 10, 10), complex)
     for row, (n, k) in enumerate(ZERNIKE):
-        for i in range((n - k) // 2 + 1):               # sum over i of a * (x^2 + y^2)**s * (y + ix)**k
+        for i in range((n - k) // 2 + 1):               # sum over i of a * (y + ix)**(s + k) * (y - ix)**s
             s = (n - k) // 2 - i
             a = (-1) ** i * comb(n - i, i) * comb(n - 2 * i, s)
-            for p in range(s + 1):
-                for q in range(k + 1):
-                    term = a * comb(s, p) * comb(k, q) * 1j ** q
-                    table[row, 2 * (s - p) + k - q, 2 * p + q] += term
+            product = np.poly([-1j] * (s + k) + [1j] * s)   # coefficients, y's highest power first
+            degree = n - 2 * i
+            q = np.arange(degree + 1)
+            table[row, degree - q, q] += a * product
     return table
 
 
@@ -1084,15 +1058,15 @@ def intensity(x, m, edge, channels):
 # Texture
 
 
-def grey_pairs(level, scale):
-    """Pairs of grey levels `scale` pixels apart in 4 directions; level (N, H, W) int32 below 256, 0 counts as outside.
+def grey_pairs(level):
+    """Pairs of grey levels SCALE pixels apart in 4 directions; level (N, H, W) int32 below 256, 0 counts as outside.
     Four (K,) tensors, an entry for each pair that occurs: object * 4 + direction, lower level, higher level, how often."""
     n, _, w = level.shape
-    level = F.pad(level, (0, scale)).flatten(1)         # nothing beside each row: no pair reaches into the next one
+    level = F.pad(level, (0, SCALE)).flatten(1)         # nothing beside each row: no pair reaches into the next one
     row = torch.arange(n, dtype=torch.int32, device=level.device) * 4
     keys = []
     for direction, (dy, dx) in enumerate(DIRECTIONS):
-        apart = (dy * (w + scale) + dx) * scale
+        apart = (dy * (w + SCALE) + dx) * SCALE
         a = level[:, :-apart]
         b = level[:, apart:]
         low = torch.minimum(a, b)
@@ -1150,7 +1124,7 @@ def haralick(row, low, high, count, levels):
     }
 
 
-def texture(x, m, channels, scale):
+def texture(x, m, channels):
     """Haralick's features of each object in every channel, in 256 grey levels and 4 DIRECTIONS.
     0 where a direction has no pair at all, as in CellProfiler."""
     value = {}
@@ -1158,11 +1132,11 @@ def texture(x, m, channels, scale):
         level = (pixels * 255).round().clamp(0, 255)
         level = level.int() * m
         levels = level.amax(PLANE).repeat_interleave(4) + 1
-        for name, v in haralick(*grey_pairs(level, scale), levels).items():
+        for name, v in haralick(*grey_pairs(level), levels).items():
             v = v.view(-1, 4)                                                   # (N, directions)
             lacking = v.isnan().any(1)
             for direction in range(4):
-                column = f"Texture_{name}_{channel}_{scale}_{direction:02d}_256"
+                column = f"Texture_{name}_{channel}_{SCALE}_{direction:02d}_256"
                 value[column] = v[:, direction].masked_fill(lacking, 0)
     return value
 
@@ -1203,7 +1177,7 @@ def path_length(m, row, column):
     free = free.astype(np.float32)
     length = np.where(free == 0, free, np.float32(inf))
     inside = np.ascontiguousarray(m.transpose(1, 2, 0))
-    step = np.where(inside, np.float32(1), np.float32(inf))
+    step = np.where(inside, 1, inf).astype(np.float32)
     sweep_all(length, step)
     detour = inside & (length > free + 1e-3)
     todo = np.flatnonzero(detour.any((0, 1)))                                   # another one may be shorter
@@ -1230,7 +1204,7 @@ def ring_and_wedge(m, distance):
     dx = x - column[:, None, None]
     steep = dy.abs() > dx.abs()
     wedge = (dy > 0).int() + 2 * (dx > 0) + 4 * steep
-    sector = ring.nan_to_num(0).int() * WEDGES + wedge
+    sector = ring.nan_to_num().int() * WEDGES + wedge
     return torch.where(inside, sector, -1)
 
 
@@ -1253,14 +1227,14 @@ def radial_distribution(x, sector, channels):
         light = tally(select(image, inside).double())
         rings = light.sum(2)
         share = rings / rings.sum(1, keepdim=True)
-        mean = (light / pixels).nan_to_num(0)                                   # of each wedge
+        mean = (light / pixels).nan_to_num()                                   # of each wedge
         average = mean.sum(2) / used.sum(2)
         off = (mean - average[..., None]) * used
         variance = (off ** 2).sum(2) / used.sum(2)
         kinds = {
             "FracAtD": share,
             "MeanFrac": share / (share_of_pixels + np.finfo(float).eps),
-            "RadialCV": (variance.sqrt() / average).nan_to_num(0),
+            "RadialCV": (variance.sqrt() / average).nan_to_num(),
         }
         for name, v in kinds.items():
             for i in range(RINGS):
@@ -1305,7 +1279,7 @@ def correlation(x, m, channels):
 # All families of all compartments
 
 
-def measure_patches(images, masks, channels, scale, device):
+def measure_patches(images, masks, channels, device):
     """See `measure`; all patches at once."""
     whole = FULL_SCALE if images.dtype.kind in "ui" else 1
     x = torch.from_numpy(images.astype(np.float32) / whole)
@@ -1328,33 +1302,32 @@ def measure_patches(images, masks, channels, scale, device):
         distance = distance_to_outside(m)
         value = area_shape(m, edge, distance)
         value |= intensity(light, m, edge, stained)
-        value |= texture(light, m, stained, scale)
+        value |= texture(light, m, stained)
         value |= radial_distribution(light, ring_and_wedge(m, distance), stained)
         if compartment == "Cells":
             value |= correlation(x, m, channels)
-        absent = ~m.any(2).any(1)
+        absent = ~m.any(PLANE)
         for name, v in value.items():
             result[f"{compartment}_{name}"] = v.double().masked_fill(absent, nan)
     values = torch.stack(list(result.values()), 1)
     return list(result), values.cpu().numpy()
 
 
-def measure(images, masks, channels=CHANNELS, scale=3, chunk=64, device="cpu"):
+def measure(images, masks, channels=CHANNELS, chunk=64, device="cpu"):
     """Measure nucleus, cell and cytoplasm (cell without nucleus) of each patch under CellProfiler 4.2.8's names.
     images (N, C, H, W), uint16 (divided by 65535, as CellProfiler reads a 16-bit TIFF) or float in 0..1; masks (N, H, W) uint8, bit 1
-    nucleus, bit 2 cell, as from `segment`. The first channel is measured in nuclei only. `scale` in pixels is that of Texture.
+    nucleus, bit 2 cell, as from `segment`. The first channel is measured in nuclei only.
     Returns names, a list of F, and values (N, F) float64; a missing object is NaN, a black channel gives 0 or NaN.
-    `chunk` patches are measured at a time and share nothing."""
+    `chunk` patches, fewer than 8192 (bits in `grey_pairs`), are measured at a time and share nothing."""
     images = np.asarray(images)
     masks = np.asarray(masks, np.uint8)
     n, c, h, w = images.shape
-    assert n and c == len(channels) and masks.shape == (n, h, w), (images.shape, masks.shape)
-    assert chunk < 2 ** 13, chunk                       # what 4 directions leave of 15 bits in `grey_pairs`
+    assert c == len(channels) and masks.shape == (n, h, w), (images.shape, masks.shape)
 
     def part(start):
         torch.set_num_threads(1)
         here = slice(start, start + chunk)
-        return measure_patches(images[here], masks[here], channels, scale, device)
+        return measure_patches(images[here], masks[here], channels, device)
 
     threads = torch.get_num_threads()   # chunks side by side: threads within such small tensors made it three times slower
     workers = threads if torch.device(device).type == "cpu" else 1
