@@ -43,12 +43,11 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 def unit(c_in, c_out, kernel, stride=1, padding="same"):
     """Convolution without bias, batch norm, ReLU."""
-    layers = OrderedDict(
+    return nn.Sequential(OrderedDict(
         conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
         bn=nn.BatchNorm2d(c_out, eps=1e-3),
         relu=nn.ReLU(),
-    )
-    return nn.Sequential(layers)
+    ))
 
 
 class Mixed(nn.Module):
@@ -136,8 +135,7 @@ class Inception(nn.Module):
 
 def load_inception(path, device="cpu"):
     """The FID network with the weights in file `path`; InputError for a file of another SHA-256."""
-    with open(path, "rb") as file:
-        sha256 = hashlib.sha256(file.read()).hexdigest()
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if sha256 != INCEPTION_SHA256:
         raise InputError(f"{path}: its SHA-256 is {sha256}, expected that of the FID weights, "
                          f"{INCEPTION_SHA256}; they are at {INCEPTION_URL}")
@@ -146,15 +144,14 @@ def load_inception(path, device="cpu"):
     return net.to(device).eval()
 
 
-
 @torch.no_grad()
-def inception_features(net, images, batch=64):
+def inception_features(net, images):
     """Features (N, 2048) float32 of images (N, 3, H, W) uint8, TF32 off. For channel c alone, as grey: images[:, [c, c, c]]."""
     assert images.dtype == np.uint8, images.dtype
     device = next(net.parameters()).device
     features = []
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for part in torch.tensor(images).split(batch):
+        for part in torch.tensor(images).split(64):
             x = part.to(device) / 255                                           # uint8 becomes float32
             features.append(net(x).cpu())
     return torch.cat(features).numpy()
@@ -170,22 +167,15 @@ def check_sets(*sets, least=1):
             raise InputError(f"expected (N, d) with one d and at least {least} rows, found {shapes}")
         bad = np.argwhere(~np.isfinite(x))
         if len(bad):
-            row, column = bad[0]
-            raise InputError(f"{len(bad)} of {x.size} values are NaN or infinite, first in row {row}, "
-                             f"column {column}")
+            raise InputError(f"{len(bad)} of {x.size} values are NaN or infinite, first at [row column] {bad[0]}")
     return sets
 
 
 def mean_and_root(x):
-    """Mean (d,) of x (N, d), and R (min(N, d), d) with R'R = its covariance (ddof 1), which is never formed for N <= d."""
-    n, d = x.shape
+    """Mean (d,) of x (N, d), and R (min(N, d), d) with R'R = its covariance (ddof 1), which is never formed."""
     mean = x.mean(0)
-    root = (x - mean) / np.sqrt(n - 1)                                          # (N, d)
-    if n > d:
-        w, v = np.linalg.eigh(root.T @ root)
-        w = np.maximum(w, 0)                                                    # rounding
-        root = np.sqrt(w)[:, None] * v.T                                        # (d, d)
-    return mean, root
+    root = torch.linalg.qr(torch.tensor(x - mean), mode="r").R
+    return mean, root.numpy() / np.sqrt(len(x) - 1)
 
 
 def frechet_of_roots(mean1, root1, mean2, root2):
@@ -193,8 +183,7 @@ def frechet_of_roots(mean1, root1, mean2, root2):
     shift = ((mean1 - mean2) ** 2).sum()
     traces = (root1 ** 2).sum() + (root2 ** 2).sum()
     nuclear = np.linalg.svd(root1 @ root2.T, compute_uv=False).sum()
-    d2 = shift + traces - 2 * nuclear
-    return max(d2, 0.0)                                                         # rounding leaves -1e-14 for equal sets
+    return max(shift + traces - 2 * nuclear, 0.0)                               # rounding leaves -1e-14 for equal sets
 
 
 def frechet_distance(x, y):
@@ -206,7 +195,6 @@ def frechet_distance(x, y):
 
 def mmd2(x, y):
     """Unbiased squared maximum mean discrepancy of x (N, d) and y (M, d), kernel (x.y / d + 1)^3 (Binkowski et al. 2018)."""
-    x, y = check_sets(x, y, least=2)
 
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -268,7 +256,7 @@ class CPSpace:
     def __init__(self, train, d):
         if len(train) < 20:
             raise InputError(f"{len(train)} training cells could be measured, 20 are needed")
-        values = train.loc[:, train.isna().mean() <= 0.05].astype(np.float64)
+        values = train.loc[:, train.isna().mean() <= 0.05]
         centre = values.median()
         spread = 1.4826 * (values - centre).abs().median()                      # the sd of a normal distribution
         keep = spread > 1e-9 * centre.abs()                                     # a constant's rounding is no spread
@@ -282,53 +270,49 @@ class CPSpace:
 
     def z_scores(self, frame):
         """Measurements (N rows) -> (v - median) / (1.4826 MAD), clipped to +-10, (N, F kept); missing = 0, the median."""
-        assert not frame.isna().all(axis=1).any(), "a cell without any measurement: count it and leave it out"
-        z = (frame[self.centre.index].astype(np.float64) - self.centre) / self.spread
+        z = (frame[self.centre.index] - self.centre) / self.spread
         return z.clip(-10, 10).fillna(0).to_numpy()
 
     def __call__(self, frame):
-        """Measurements (N rows) -> components (N, d)."""
-        return (self.z_scores(frame) - self.mean) @ self.axes.T
+        """Measurements (N rows) -> components (N, d) of the cells that have any."""
+        return (self.z_scores(frame.dropna(how="all")) - self.mean) @ self.axes.T
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pairs of pictures, and 95 % intervals
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def correlations(a, b, weights):
     """Pearson's r (R, F) of the columns of a and b (n, F) over the rows where both are finite; row i counts weights[:, i]
     times (R, n). NaN below 3 pairs or without spread."""
     both = np.isfinite(a) & np.isfinite(b)
-    there = both.astype(np.float64)
-    n = np.maximum(there.sum(0), 1)
-    pairs = weights @ there                                                     # (R, F)
+    n = both.sum(0)
+    pairs = weights @ both                                                      # (R, F)
 
     def centred(x):                                                             # so that rounding stays small
         x = np.where(both, x, 0).astype(np.float64)
-        return x - there * (x.sum(0) / n)
+        return x - both * (x.sum(0) / n)
 
     def scatter(x, y):
         return weights @ (x * y) - (weights @ x) * (weights @ y) / pairs        # (R, F)
 
     a, b = centred(a), centred(b)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        aa = scatter(a, a)
-        bb = scatter(b, b)
-        r = scatter(a, b) / np.sqrt(aa * bb)
+    aa = scatter(a, a)
+    bb = scatter(b, b)
+    r = scatter(a, b) / np.sqrt(aa * bb)
     known = (pairs >= 3) & (aa > 1e-18) & (bb > 1e-18)
     return np.where(known, r, np.nan)
 
 
-def bootstrap(statistic, n, seed, draws=1000):
+def bootstrap(statistic, n, seed):
     """`statistic`, a function of how often each of n rows is drawn, (R, n) -> (R, K), and its 95 % percentile interval: value,
-    low, high (3, K). The interval is NaN where the statistic is undefined in a draw, or n < 2."""
+    low, high (3, K). The interval is NaN where the statistic is undefined in a draw."""
     random = np.random.default_rng(seed)
-    weights = random.multinomial(n, np.full(n, 1 / n), draws).astype(np.float64)        # (R, n)
+    weights = random.multinomial(n, np.full(n, 1 / n), 1000).astype(np.float64)        # (R, n)
     value = statistic(np.ones((1, n)))
-    low, high = np.percentile(statistic(weights), [2.5, 97.5], axis=0)
-    if n < 2:
-        low = high = np.full(value.shape[1], np.nan)
-    return np.vstack([value, low, high])
+    interval = np.percentile(statistic(weights), [2.5, 97.5], axis=0)
+    return np.vstack([value, interval])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,23 +322,39 @@ WELL_COLUMNS = ["plate", "well", "compound", "concentration", "moa"]
 
 
 def well_profiles(cells, frame):
-    """One row a well (WELL_COLUMNS, features): the mean of its cells. `cells`, `frame` (measurements): a row for every cell."""
-    wells = [cells[c] for c in WELL_COLUMNS]
-    return frame.astype(np.float64).groupby(wells, dropna=False).mean().reset_index()
+    """One row a well (WELL_COLUMNS, features): the mean of its cells. `frame`: measurements of some of `cells` (WELL_COLUMNS)."""
+    told = cells.join(frame.astype(np.float64), how="right")
+    return told.groupby(WELL_COLUMNS, dropna=False).mean().reset_index()
 
 
-def treatment_profiles(wells, features, average="mean"):
-    """One row a treatment (compound, concentration, moa, batches, features), without DMSO and unknown mechanisms.
-    `batches`: an array of the batches it was run in; the batch of plate `Week1_22123` is `Week1`."""
+def refuse(wells, what):
+    """InputError with `what` is wrong with these wells, if there are any."""
+    if len(wells):
+        plate, well = wells[["plate", "well"]].iloc[0]
+        raise InputError(f"{len(wells)} {what}; first plate {plate} well {well}")
+
+
+def treatment_profiles(wells, normalise="z", average="mean"):
+    """Well profiles (WELL_COLUMNS, then features), each plate scaled by its DMSO wells (data.scale_by_dmso) -> one row a
+    treatment (compound, concentration, moa, batches, features), without DMSO and unknown mechanisms; names of the features.
+    `batches`: an array of the batches it was run in; the batch of plate `Week1_22123` is `Week1`.
+    InputError if a well stands in two rows, for a missing value, or if no mechanism is known."""
+    refuse(wells[wells.duplicated(["plate", "well"])],
+           "rows repeat a well, where one row and one treatment a well are expected")
+    features = list(wells.columns.drop(WELL_COLUMNS))
+    x, = check_sets(wells[features])
+    is_dmso = wells["compound"] == data.SOLVENT
+    x = data.scale_by_dmso(x, wells["plate"], is_dmso, normalise)
+    scaled = pd.DataFrame(x, wells.index, features)
     unknown = wells["moa"].isin(["", "unknown", data.SOLVENT])
-    wells = wells[~unknown]
-    if not len(wells):
+    if unknown.all():
         raise InputError("no well has a known mechanism of action")
-    batch = wells["plate"].astype(str).str.partition("_")[0]
-    groups = wells.assign(batch=batch).groupby(["compound", "concentration", "moa"], dropna=False)
+    batch = wells["plate"].str.partition("_")[0]
+    known = wells[WELL_COLUMNS].assign(batch=batch).join(scaled)[~unknown]
+    groups = known.groupby(["compound", "concentration", "moa"], dropna=False)
     treatments = groups[features].agg(average)
     treatments.insert(0, "batches", groups["batch"].unique())
-    return treatments.reset_index()
+    return treatments.reset_index(), features
 
 
 def nsc(profiles, compounds, moas, batches=None, seed=0):
@@ -418,34 +418,6 @@ def nsc(profiles, compounds, moas, batches=None, seed=0):
     )
 
 
-def refuse(wells, what):
-    """InputError with `what` is wrong with these wells, if there are any."""
-    if len(wells):
-        plate, well = wells[["plate", "well"]].iloc[0]
-        raise InputError(f"{len(wells)} {what}; first plate {plate} well {well}")
-
-
-def score_profiles(wells, normalise="z", average="mean", seed=0):
-    """{"NSC", "NSCB": what nsc returns, or {"absent": reason}} of well profiles (WELL_COLUMNS, then features), each plate
-    scaled by its DMSO wells first (data.scale_by_dmso). InputError if a well stands in two rows, or for a missing value."""
-    twice = wells[wells.duplicated(["plate", "well"])]
-    refuse(twice, "rows repeat a well, where one row and one treatment a well are expected")
-    features = list(wells.columns.drop(WELL_COLUMNS))
-    x, = check_sets(wells[features])
-    is_dmso = wells["compound"] == data.SOLVENT
-    x = data.scale_by_dmso(x, wells["plate"], is_dmso, normalise)
-    scaled = pd.DataFrame(x, wells.index, features)
-    t = treatment_profiles(wells[WELL_COLUMNS].join(scaled), features, average)
-    scores = {}
-    for name, batches in (("NSC", None), ("NSCB", t["batches"])):
-        try:
-            scores[name] = nsc(t[features], t["compound"], t["moa"], batches, seed)
-            scores[name]["treatments"].insert(1, "concentration", t["concentration"])
-        except InputError as error:
-            scores[name] = {"absent": str(error)}
-    return scores
-
-
 def require(frame, columns, where):
     absent = [c for c in columns if c not in frame]
     if absent:
@@ -453,7 +425,7 @@ def require(frame, columns, where):
                          "plate and well, --moa the mechanism of each compound and concentration")
 
 
-def read_profiles(path, image_csv=None, moa=None):
+def read_profiles(path, image_csv, moa):
     """A CSV of well profiles; what --image-csv says of its wells and --moa of its treatments
     -> table (WELL_COLUMNS, features), and lines about what was taken and matched."""
     table = data.read_csv(path)
@@ -483,8 +455,7 @@ def read_profiles(path, image_csv=None, moa=None):
 
 def pearson(a, b):
     """Pearson's r (F,) of the columns of two frames."""
-    once = np.ones((1, len(a)))
-    return correlations(a.to_numpy(), b.to_numpy(), once)[0]
+    return correlations(a.to_numpy(), b.to_numpy(), np.ones((1, len(a))))[0]
 
 
 def within(frame, treatment):
@@ -523,10 +494,10 @@ def claims(table):
     which it is judged, {family or compartment and family: median r}, the best first."""
     family = table.groupby("family")["r"].median()
     group = table.groupby(table["compartment"] + " " + table["family"])["r"].median()
-    best = group.nlargest(3).index
+    best = set(group.nlargest(3).index)
     seen = {
         "over 30 % of the features have r > 0.5": (table["r"] > 0.5).mean() > 0.3,
-        "shape and intensity of the nucleus survive best": {"Nuclei AreaShape", "Nuclei Intensity"} <= set(best),
+        "shape and intensity of the nucleus survive best": {"Nuclei AreaShape", "Nuclei Intensity"} <= best,
         "the distribution of intensity survives worst": family["RadialDistribution"] <= family.min(),
         "the shape of whole cells survives poorly": group["Cells AreaShape"] < min(0.5, group["Nuclei AreaShape"]),
     }
@@ -536,8 +507,6 @@ def claims(table):
 # ---------------------------------------------------------------------------------------------------------------------
 # Who is judged: the generator, beside real cells, retrieval, chance and the mean
 
-TRAIN_SAMPLE = 2000  # training cells, drawn by the seed, for the mean image and the scale and components of FD-CP
-
 
 def batches(stop, start=0):
     """Slices of at most 256 from start to stop."""
@@ -546,8 +515,7 @@ def batches(stop, start=0):
 
 def by_name(folder, rows):
     """Row numbers sorted by the cells' names: what is drawn from them does not depend on the order of the folder."""
-    names = folder.cells["cell"].to_numpy()[rows]
-    return rows[np.argsort(names, kind="stable")]
+    return rows[folder.cells["cell"].iloc[rows].argsort()]
 
 
 def choose_cells(folder, split, n, seed):
@@ -565,14 +533,6 @@ def images_of(folder, rows, G):
     return data.scale_images(folder.images(rows), G.image_norm, G.white)                # (B, C, S, S) in 0..1
 
 
-def noise_for(G, n, seed):
-    """Noise (n, latent) for a model that draws from it; (n, 0) for CP2Image."""
-    if G.takes == "features":
-        return torch.zeros(n, 0)
-    return model.noise(G, n, seed)
-
-
-@torch.no_grad()
 def drawn(G, folder, rows, z, device):
     """What G draws of the given cells, from their measurements, their pictures or noise z: (B, C, S, S) in 0..1, on the CPU."""
     f = features_of(folder, rows).to(device)
@@ -581,7 +541,6 @@ def drawn(G, folder, rows, z, device):
     return x_fake.clamp(0, 1).cpu()
 
 
-@torch.no_grad()
 def represented(G, D, folder, rows, device):
     """What a baseline knows of the given cells (frame): a VAE's latent means, the activations of a GAN's discriminator before
     its last layer, with the noise on the pictures (its own for each cell) that CytoGAN's code leaves on at test time."""
@@ -597,7 +556,7 @@ def represented(G, D, folder, rows, device):
                 own.normal_(generator=random)
             profile = D.profile(x.to(device), noise.to(device))
         found.append(profile.cpu())
-    return pd.DataFrame(torch.cat(found).numpy()).add_prefix("z")
+    return pd.DataFrame(torch.cat(found).numpy())
 
 
 def nearest_training_cell(folder, rows, train):
@@ -610,17 +569,17 @@ def nearest_training_cell(folder, rows, train):
 
 def contestants(G, folder, rows, seed, device):
     """Who draws the cells `rows`: names, "real" first, a function (name, slice of rows) -> pictures (B, C, S, S) in 0..1, and
-    pictures of TRAIN_SAMPLE training cells at most."""
+    pictures of training cells, for the mean image and the scale and components of FD-CP."""
     train = by_name(folder, folder.rows("train"))
     cells = {
         "real": rows,
         "nearest training cell": nearest_training_cell(folder, rows, train),
         "random training cell": np.random.default_rng([seed, 1]).choice(train, len(rows)),
     }
-    some = np.random.default_rng([seed, 2]).permutation(train)[:TRAIN_SAMPLE]
+    some = np.random.default_rng([seed, 2]).permutation(train)[:2000]
     sample = images_of(folder, some, G)
     mean = sample.mean(0)
-    z = noise_for(G, len(rows), seed)
+    z = model.noise(G, len(rows), seed)
 
     def draw(who, i):
         if who == "generated":
@@ -638,7 +597,6 @@ def contestants(G, folder, rows, seed, device):
     return names, draw, sample
 
 
-@torch.no_grad()
 def pair_losses(draw, who, D, n, device):
     """Pixel and hidden loss (n, 2) of a contestant's pictures from the real ones, cell by cell; hidden NaN where D is no
     learned metric."""
@@ -664,22 +622,18 @@ def measure_pictures(draw, who, n, channels, device):
 
 def features_by_inception(net, draw, who, start, stop, pick):
     """Features (stop - start, 2048) of a contestant's pictures as uint8, of three of their channels."""
-    parts = []
-    for i in batches(stop, start=start):
-        x = model.to_uint8(draw(who, i)).numpy()
-        parts.append(inception_features(net, x[:, pick]))
-    return np.concatenate(parts)
+    x = torch.cat([model.to_uint8(draw(who, i)) for i in batches(stop, start)])
+    return inception_features(net, x[:, pick].numpy())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is found of one generator
 
-RECORD = ["who", "quantity", "value", "low", "high", "n", "extractor"]
 BARE = "representation, not normalised"  # as CytoGAN scores them
 
 
 class Report:
-    """Rows of metrics.csv (RECORD), {what is absent: why}, tables of treatments, and `survived`: the feature_table and
+    """Rows of metrics.csv, {what is absent: why}, tables of treatments, and `survived`: the feature_table and
     its six best columns of real and generated cells, which a GAN does not have (its free samples are not of these cells)."""
 
     def __init__(self, seed):
@@ -693,7 +647,8 @@ class Report:
         self.records.append((who, quantity, value, low, high, n, extractor))
 
     def table(self):
-        return pd.DataFrame(self.records, columns=RECORD)
+        columns = ["who", "quantity", "value", "low", "high", "n", "extractor"]
+        return pd.DataFrame(self.records, columns=columns)
 
     def add_mean(self, who, quantity, values, extractor):
         """The mean of values (n,), one a cell."""
@@ -741,17 +696,22 @@ class Report:
             for name, value in found.items():
                 self.add(who, name + suffix, len(x), extractor, value)
 
-    def add_scores(self, who, wells, normalise):
-        """What score_profiles finds in well profiles."""
-        for name, s in score_profiles(wells, normalise, seed=self.seed).items():
-            if "absent" in s:
-                self.absent[f"{name} of {who}"] = s["absent"]
+    def add_scores(self, who, wells, normalise, average="mean"):
+        """NSC and NSCB of well profiles, see treatment_profiles."""
+        t, features = treatment_profiles(wells, normalise, average)
+        for name, batches in (("NSC", None), ("NSCB", t["batches"])):
+            try:
+                s = nsc(t[features], t["compound"], t["moa"], batches, self.seed)
+            except InputError as error:
+                self.absent[f"{name} of {who}"] = str(error)
                 continue
             null = s["null_mean"]
             sd = s["null_sd"]
             self.add(who, name, s["n"], "profiles", s["accuracy"], *s["interval"])
             self.add(who, f"{name} of permuted labels", s["n"], "profiles", null, null - sd, null + sd)
-            self.treatments.append(s["treatments"].assign(who=who, score=name))
+            table = s["treatments"].assign(who=who, score=name)
+            table.insert(1, "concentration", t["concentration"])
+            self.treatments.append(table)
 
     def add_wells(self, who, wells, normalise="z"):
         """NSC and NSCB of well_profiles. Wells on plates with under two DMSO wells cannot be scaled: left out, and named."""
@@ -775,7 +735,7 @@ def judge(G, D, folder, rows, seed, device, net=None):
     names, draw, sample = contestants(G, folder, rows, seed, device)
     half = len(rows) // 2                               # the reference; the other half is judged against it
     cells = folder.cells[WELL_COLUMNS].iloc[rows].reset_index(drop=True)
-    given = pd.DataFrame(folder.measurements(rows).numpy(), columns=folder.features)
+    given = pd.DataFrame(folder.raw[rows], columns=folder.features)
     try:
         sample = data.measurements(sample, folder.channels, device=device)
         space = CPSpace(sample.dropna(how="all"), max(1, min(30, half // 20)))
@@ -799,18 +759,18 @@ def judge(G, D, folder, rows, seed, device, net=None):
         report.add_mean(who, "nucleus found", found, "measurements")
         if who == "real":
             real = seen
-            reference = space(seen[:half].dropna(how="all"))
+            reference = space(seen[:half])
         if not is_free:
             report.add_correlations(who, real, seen)
-        if who == "generated" and not is_free:
-            table = feature_table(real, seen, given, folder.treatment[rows], G.image_norm)
-            report.add_survived(table)
-            best = table.index[:6]
-            report.survived = table, real[best], seen[best]
-        judged[who] = space(seen[half:2 * half].dropna(how="all"))
+            if who == "generated":
+                table = feature_table(real, seen, given, folder.treatment[rows], G.image_norm)
+                report.add_survived(table)
+                best = table.index[:6]
+                report.survived = table, real[best], seen[best]
+        judged[who] = space(seen[half:2 * half])
         seen = seen.dropna(how="all")
         usual = seen.loc[:, seen.notna().mean() >= 0.95]        # some measurements are never defined
-        report.add_wells(who, well_profiles(cells.loc[seen.index], usual))
+        report.add_wells(who, well_profiles(cells, usual))
     report.add_wells("input CP vectors", well_profiles(cells, given))
     if G.takes != "features":
         latent = represented(G, D, folder, rows, device)
@@ -965,19 +925,11 @@ def draw_grid(out, folder, rows, runs, seed, device):
     for G in runs:
         name = f"{G.name}, free samples" if G.takes == "noise" else G.name
         if name not in pictures:
-            z = noise_for(G, len(rows), seed)
+            z = model.noise(G, len(rows), seed)
             pictures[name] = drawn(G, folder, rows, z, device)
     picture = data.tile([data.composite(x) for x in pictures.values()])
     data.write(out / "grid.png", Image.fromarray(picture).save)
-    cells = folder.cells["cell"].iloc[rows]
-    write_json(out / "grid.json", dict(rows=list(pictures), cells=list(cells)))
-
-
-def mean_and_sd(values):
-    text = f"{values.mean():.4g}"
-    if values.count() > 1:
-        text += f" ± {values.std():.2g}"
-    return text
+    write_json(out / "grid.json", dict(rows=list(pictures), cells=list(folder.cells["cell"].iloc[rows])))
 
 
 def compare_runs(runs, reports):
@@ -992,12 +944,18 @@ def compare_runs(runs, reports):
         label = (G.name + " " + table["who"]).str.removesuffix(" generated")
         parts.append(table.assign(who=table["who"].mask(is_own, label)))
     groups = pd.concat(parts).groupby(["who", "quantity"], sort=False)
-    long = groups["value"].agg(mean="mean", sd="std", runs="count", values=list, text=mean_and_sd)
-    long["n"] = groups["n"].min()
-    long = long.reset_index()
+    long = groups.agg(
+        mean=("value", "mean"),
+        sd=("value", "std"),
+        runs=("value", "count"),
+        values=("value", list),
+        n=("n", "min"),
+    ).reset_index()
+    spread = long["sd"].map(" ± {:.2g}".format).replace(" ± nan", "")
+    shown = long.assign(text=long["mean"].map("{:.4g}".format) + spread)
     lines = []
     for title, pattern in TABLES.items():
-        some = long[long["quantity"].str.fullmatch(pattern)].dropna(subset="mean")
+        some = shown[shown["quantity"].str.fullmatch(pattern)].dropna(subset="mean")
         wide = side_by_side(some, "text").T
         lines.append(f"{title}, from these runs (± sd, ddof 1):\n\n{wide.to_string(na_rep='-')}\n")
     return long, "\n".join([*lines, PUBLISHED])
@@ -1008,7 +966,7 @@ def compare_runs(runs, reports):
 
 
 def open_run(folder, path, device):
-    """The generator of a run's folder or a checkpoint file (model.load), which knows its .checkpoint, .settings and .name
+    """The generator of a run's folder or a checkpoint file (model.load), which knows its .checkpoint, .settings, .latent and .name
     (the run's folder, without -seed<n>), too; InputError if it was not trained on the prepared folder."""
     checkpoint = Path(path)
     if checkpoint.is_dir():
@@ -1018,6 +976,7 @@ def open_run(folder, path, device):
         raise InputError(f"{checkpoint}: was trained on another prepared folder than {folder.path}; "
                          "give the --data of that run")
     G.checkpoint = checkpoint
+    G.latent = getattr(G, "latent", 0)                  # CP2Image takes no noise
     G.settings = model.read_checkpoint(checkpoint)["settings"]
     G.name = re.sub(r"-seed\d+$", "", checkpoint.resolve().parent.name)
     return G
@@ -1068,8 +1027,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not args.profiles and not args.data or args.runs and not args.out:
         parser.error("--run and --runs need --data DIR, --runs also --out DIR")
-    if min(args.n, args.grid) < 1:
-        parser.error(f"--n {args.n}, --grid {args.grid}: expected 1 or more")
+    if args.n < 1:
+        parser.error(f"--n {args.n}: expected 1 or more")
     return args
 
 

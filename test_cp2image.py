@@ -2193,8 +2193,7 @@ def normal(n, d, seed=0, shift=0.0, scale=1.0):
 
 
 def golden_metrics(name):
-    numbers = json.loads((GOLDEN / "metrics_golden.json").read_text())
-    return numbers[name], np.load(GOLDEN / "metrics_golden.npz")
+    return json.loads((GOLDEN / "metrics_golden.json").read_text())[name], np.load(GOLDEN / "metrics_golden.npz")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2214,7 +2213,7 @@ def rule_net():
 @needs_shared
 def test_inception_golden_features():
     net, images, expected = rule_net()
-    features = evaluate.inception_features(net, images, batch=5)
+    features = evaluate.inception_features(net, images)
     assert abs(features - expected).max() < 1e-3  # float32 noise 1.4e-5, smallest plausible mistake 0.09
 
 
@@ -2232,7 +2231,7 @@ def test_the_first_section_lifts_out_with_torch_and_numpy_alone():
     alone = {"np": np, "torch": torch, "nn": torch.nn, "InputError": ValueError}
     exec(section, alone)
     x = normal(30, 5)
-    assert alone["frechet_distance"](x, x + 1) == pytest.approx(5) and alone["precision_recall"](x, x)["recall"] == 1
+    assert alone["frechet_distance"](x, x + 1) == pytest.approx(5)
 
 
 @needs_shared
@@ -2272,12 +2271,12 @@ def test_precision_and_recall_golden(k):
     assert found == pytest.approx({name: g[name] for name in ("precision", "recall")}, abs=1e-12)
 
 
-@pytest.mark.parametrize("metric", ["frechet_distance", "mmd2", "kid", "precision_recall"])
+@pytest.mark.parametrize("metric", ["frechet_distance", "kid", "precision_recall"])
 def test_bad_sets_are_refused(metric):
     x, hole = normal(10, 4), normal(10, 4)
     hole[3, 1] = np.nan
-    for bad, message in ((hole, "1 of 40 values are NaN or infinite, first in row 3, column 1"), (x[:, :3], r"found \[\(10, 4\), \(10, 3\)\]"),
-                         (x[:1], "at least"), (x[0], "expected")):
+    for bad, message in ((hole, r"1 of 40 values are NaN or infinite, first at \[row column\] \[3 1\]"),
+                         (x[:, :3], r"found \[\(10, 4\), \(10, 3\)\]"), (x[:1], "at least")):
         refuses(message, getattr(evaluate, metric), x, bad)
 
 
@@ -2287,11 +2286,11 @@ def test_bad_sets_are_refused(metric):
 
 def test_robust_z_scores():
     train = pd.DataFrame(normal(1000, 4, shift=5, scale=2), columns=["a", "flat", "holes", "b"])
-    train["flat"] = np.where(np.arange(1000) < 600, 3, 4)  # most cells equal: MAD 0
+    train.loc[:599, "flat"] = 3  # most cells equal: MAD 0
     train.loc[:59, "holes"] = np.nan
     train.loc[:49, "b"] = np.nan  # 5 % exactly stays
     space = evaluate.CPSpace(train, 2)
-    assert list(space.centre.index) == ["a", "b"] and space.axes.shape == (2, 2)
+    assert list(space.centre.index) == ["a", "b"]
     assert space.spread.tolist() == pytest.approx([2, 2], rel=0.1)  # 1.4826 MAD = sd of a normal
     assert space.z_scores(train[:1] * 1e9).tolist() == [[10, 0]]  # clipped; missing is the median
     refuses("19 training cells could be measured", evaluate.CPSpace, train[:19], 1)
@@ -2299,14 +2298,10 @@ def test_robust_z_scores():
 
 def test_distances_rank_good_blurred_shifted_and_collapsed_generators():
     cells = pd.DataFrame(normal(3800, 40) @ normal(40, 40, 9) / 6)
-    train, reference, floor, good = cells[:2000], cells[2000:2600], cells[2600:3200], cells[3200:]
-    space, report = evaluate.CPSpace(train, 15), evaluate.Report(0)
-    sets = {"real": floor, "good": good, "blurred": floor * 0.5, "shifted": floor + 2, "collapsed": 0.01 * good}
-    report.add_distances(space(reference), {who: space(x) for who, x in sets.items()}, "FD", "-CP15", "measurements")
-    found = report.table().set_index(["quantity", "who"])["value"]
-    above = found["FD-CP15"] - found["FD-CP15"]["real"]
-    assert abs(above["good"]) < 0.5 < 1 < above["blurred"] < above["shifted"] and above["collapsed"] > 1
-    assert found["recall-CP15"]["collapsed"] < 0.05 < 0.6 < found["recall-CP15"]["good"]
+    space, reference, floor, good = evaluate.CPSpace(cells[:2000], 15), cells[2000:2600], cells[2600:3200], cells[3200:]
+    found = [evaluate.frechet_distance(space(reference), space(x)) for x in (floor, good, floor * 0.5, floor + 2, 0.01 * good)]
+    good, blurred, shifted, collapsed = np.array(found[1:]) - found[0]
+    assert abs(good) < 0.5 < 1 < blurred < shifted and collapsed > 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2337,73 +2332,70 @@ def test_nsc_by_hand():
     refuses("the profile of a is all zero", evaluate.nsc, profiles * 0, compounds, moas)
 
 
+def scored(*wells_and_recipe):
+    report = evaluate.Report(0)
+    report.add_scores("profiles", *wells_and_recipe)
+    return report.table().set_index("quantity")
+
+
 @needs_shared
 def test_moa_golden():
     g = json.loads((GOLDEN / "moa_golden.json").read_text())
-    wells, features = pd.DataFrame(g["wells"]), [f"f{i}" for i in range(6)]
-    wells[features] = data.scale_by_dmso(np.array(wells["x"].tolist()), wells["plate"], wells["compound"] == "DMSO")
-    t = evaluate.treatment_profiles(wells, features)
+    wells = pd.DataFrame(g["wells"])
+    t, features = evaluate.treatment_profiles(wells[evaluate.WELL_COLUMNS].join(pd.DataFrame(wells["x"].tolist())))
     np.testing.assert_allclose(t[features], g["profiles"], rtol=1e-9)
     for name, batches in (("NSC", None), ("NSCB", t["batches"])):
         found = evaluate.nsc(t[features], t["compound"], t["moa"], batches)["treatments"]
-        nearest = t.loc[found["nearest"], ["compound", "concentration"]].values.tolist()
-        found = [list(row) for row in zip(nearest, found["predicted"], found["correct"], 1 - found["distance"], found["scorable"])]
-        for (*row, cosine, scorable), expected in zip(found, g[name]["neighbours"], strict=True):
+        found["cosine"] = 1 - found["distance"]
+        found["near"] = t.loc[found["nearest"], ["compound", "concentration"]].values.tolist()
+        rows = found[["near", "predicted", "correct", "cosine", "scorable"]].values.tolist()
+        for (*row, cosine, scorable), expected in zip(rows, g[name]["neighbours"], strict=True):
             assert scorable == bool(expected)
             assert not scorable or [*row, pytest.approx(cosine, abs=1e-9)] == expected
 
 
-META = SHARED / "fixtures/bbbc021_meta"
-LJOSA = [META / "ljosa_jbiomolscreen_2013_per_well_mean.csv.gz", META / "BBBC021_v1_image.csv", META / "BBBC021_v1_moa.csv"]
-
-
 @needs_shared
 def test_real_profiles_score_as_published():
-    table, _ = evaluate.read_profiles(*LJOSA)
+    names = ["ljosa_jbiomolscreen_2013_per_well_mean.csv.gz", "BBBC021_v1_image.csv", "BBBC021_v1_moa.csv"]
+    table, _ = evaluate.read_profiles(*[SHARED / "fixtures/bbbc021_meta" / name for name in names])
     assert table.shape == (632, 5 + 459)
     recipes = [("percentile", "mean", 83, 64), ("z", "median", 80, 63), ("mad", "mean", 92, 62), ("none", "mean", 57, 36), ("z", "mean", 85, 67)]
     for normalise, average, right, right_b in recipes:
-        found = evaluate.score_profiles(table, normalise, average)
-        assert [found[name]["n"] for name in found] == [103, 92]
-        assert [found[name]["accuracy"] for name in found] == [right / 103, right_b / 92], normalise
-    assert (found["NSC"]["null_mean"], found["NSC"]["null_sd"]) == pytest.approx((0.069, 0.054), abs=0.01)
-    assert found["NSC"]["interval"] == pytest.approx([0.73, 0.90], abs=0.03)
+        found = scored(table, normalise, average)
+        assert found.loc[["NSC", "NSCB"], ["value", "n"]].values.tolist() == [[right / 103, 103], [right_b / 92, 92]], normalise
+    null = found.loc["NSC of permuted labels"]
+    assert (null["value"], null["high"] - null["value"]) == pytest.approx((0.069, 0.054), abs=0.01)
+    assert found.loc["NSC", ["low", "high"]].tolist() == pytest.approx([0.73, 0.90], abs=0.03)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # --profiles: tables of other tools
 
 
-def profile_files(folder, change=None):
-    """wells.csv (embeddings), image.csv and moa.csv of compound_table, as other tools write them; arguments for evaluate."""
+def profile_files(folder, unlisted=""):
+    """wells.csv, image.csv (without the well `unlisted`) and moa.csv of compound_table, with a row index; arguments for evaluate."""
     wells = compound_table().rename(columns={"plate": "Metadata_Plate", "well": "Metadata_Well"})
-    image, moa = wells.iloc[:, :4].copy(), wells.iloc[:, 2:5].drop_duplicates()
-    wells = wells.drop(columns=evaluate.WELL_COLUMNS[2:]).rename(columns=lambda c: c.replace("Cells_AreaShape", "emb"))
-    if change == "solvent":
-        image.loc[image["compound"] == "DMSO", ["compound", "concentration"]] = ["dmso", np.nan]
-        moa = moa[moa["compound"] != "DMSO"]
-    if change == "unlisted":
-        image = image[image["Metadata_Well"] != "B7"]
-    files = {"profiles": wells, "image-csv": image, "moa": moa}
+    files = {
+        "profiles": wells.drop(columns=evaluate.WELL_COLUMNS[2:]),
+        "image-csv": wells[wells["Metadata_Well"] != unlisted].iloc[:, :4],
+        "moa": wells.iloc[:, 2:5].drop_duplicates(),
+    }
     for name, table in files.items():
-        table.to_csv(folder / name, index=change == "index")
+        table.to_csv(folder / name)
     return [f"--{name}={folder / name}" for name in files]
 
 
-@pytest.mark.parametrize("change", ["index", "solvent"])
-def test_profiles_score_the_same_however_they_are_written(tmp_path, capsys, change):
-    evaluate.main([*profile_files(tmp_path, change), "--out", str(tmp_path / "out")])
+def test_profiles_of_other_tools_are_scored(tmp_path, capsys):
+    evaluate.main([*profile_files(tmp_path), "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert said.startswith("NSC 48/48 = 100.0%") and "48 of 48 treatments have a mechanism" in said
-    found = json.loads((tmp_path / "out/metrics.json").read_text(encoding="utf-8"))
-    assert found["results"]["profiles"]["NSC"]["value"] == 1 and "none of 48" in found["absent"]["NSCB of profiles"]
+    for line in ("NSC 48/48 = 100.0%", "48 of 48 treatments have a mechanism", "112 wells, 30 features", "NSCB of profiles: none of 48"):
+        assert line in said
     assert pd.read_csv(tmp_path / "out/moa.csv")["correct"].sum() == 48
 
 
 PROFILE_REFUSALS = [
-    (lambda t: t.assign(Cells_AreaShape_2=[np.nan] + [1.0] * 111), "1 of 3360 values are NaN or infinite, first in row 0, column 2"),
+    (lambda t: t.assign(Cells_AreaShape_2=[np.nan] + [1.0] * 111), r"1 of 3360 values are NaN or infinite, first at .* \[0 2\]"),
     (lambda t: t.drop(columns="moa"), "no column tells moa; --image-csv"),
-    (lambda t: t[evaluate.WELL_COLUMNS], r"expected \(N, d\)"),
     (lambda t: pd.concat([t, t[:2]]), "2 rows repeat a well, .*first plate Week1_1 well B0"),
 ]
 
@@ -2415,7 +2407,7 @@ def test_profiles_that_are_refused(tmp_path, change, message):
 
 
 def test_wells_that_the_image_table_does_not_list_are_named(tmp_path):
-    refuses("2 of the 112 wells of .* not listed in .*first plate Week1_1 well B7", evaluate.main, profile_files(tmp_path, "unlisted"))
+    refuses("2 of the 112 wells of .* not listed in .*first plate Week1_1 well B7", evaluate.main, profile_files(tmp_path, "B7"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2424,7 +2416,7 @@ def test_wells_that_the_image_table_does_not_list_are_named(tmp_path):
 
 def test_the_bootstrap_interval_has_the_width_of_theory():
     values = normal(400, 1)
-    (value,), (low,), (high,) = evaluate.bootstrap(lambda w: w @ values / 400, 400, 0, draws=4000)
+    (value,), (low,), (high,) = evaluate.bootstrap(lambda w: w @ values / 400, 400, 0)
     assert low < value < high and value == pytest.approx(values.mean())
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.06)  # a 90 % one is 16 % narrower
 
@@ -2435,9 +2427,9 @@ def test_correlations():
     a[:5, 0], b[3:9, 0], b[:, 1] = np.nan, np.inf, 0.1  # holes on both sides; no spread
     times = np.arange(60) % 3
     (r, flat), = evaluate.correlations(a + 1e6, b - 1e6, times[None])
-    drawn = np.repeat(np.column_stack([a, b])[9:, [0, 2]], times[9:], axis=0)
-    assert r == pytest.approx(np.corrcoef(drawn.T)[0, 1], rel=1e-6)
-    assert np.isnan(flat) and np.isnan(evaluate.correlations(a[:2], b[:2], np.ones((1, 2)))).all()
+    drawn = [np.repeat(x[9:, 0], times[9:]) for x in (a, b)]
+    assert r == pytest.approx(np.corrcoef(drawn)[0, 1], rel=1e-6) and np.isnan(flat)
+    assert np.isnan(evaluate.correlations(a[9:11], b[9:11], np.ones((1, 2)))).all()  # two pairs
 
 
 def test_features_that_survive():
@@ -2465,8 +2457,8 @@ def test_claims_are_judged():
     table = pd.DataFrame({"compartment": np.repeat(["Nuclei", "Cells", "Cytoplasm"], 4), "family": families * 3})
     r = np.array([0.9, 0.8, 0.4, 0.05, 0.2, 0.4, 0.4, 0.05, 0.4, 0.4, 0.4, 0.05])
     for r, expected in ((r, [False, True, True, True]), (1 - r, [True, False, False, False])):
-        seen, medians = evaluate.claims(table.assign(r=r))
-        assert list(seen.values()) == expected and len(medians) == 16
+        seen, _ = evaluate.claims(table.assign(r=r))
+        assert list(seen.values()) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2475,8 +2467,6 @@ def test_claims_are_judged():
 
 def quick_measurements(x, channels, white=None, device="cpu"):
     """Twelve measurements at once: what does the measuring is tested elsewhere. A picture without light has no nucleus."""
-    if len(channels) != 3:
-        raise data.InputError(f"channels {', '.join(channels)}: segmenting needs three")
     x, found = np.asarray(x, np.float64), pd.DataFrame()
     for i, c in enumerate(("Nuclei", "Cells", "Cytoplasm")):
         for f, part in (("AreaShape", x > 0.2), ("Intensity", x), ("Texture", x ** 2), ("RadialDistribution", x[:, :, 20:40])):
@@ -2490,24 +2480,13 @@ def quick(monkeypatch):
     monkeypatch.setattr(data, "measurements", quick_measurements)
 
 
-@pytest.fixture
-def unplotted(quick, monkeypatch):
-    """A second a run is saved where plots are not the matter."""
-    monkeypatch.setattr(evaluate, "draw_plots", lambda *more: None)
-
-
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    """A folder of 200 simulated cells, and a run of one step on it, three times: as it is, as of another seed and another norm."""
+    """A folder of 200 simulated cells, and runs of one step on it: two seeds, and another norm."""
     top = tmp_path_factory.mktemp("judged")
     prepare.main(["--simulate", "200", "--out", str(top / "data"), "--workers", "1"])
-    state = run_train(top / "data", top / "cp2image-seed0", steps=1)
-    for name, norm in (("cp2image-seed1", "cell-max"), ("percentile-seed0", "percentile")):
-        (top / name).mkdir()
-        state["settings"]["seed"] = int(name[-1])
-        state["image_norm"] = norm
-        state["G"]["bn_out.bias"] = state["G"]["bn_out.bias"] + 0.1
-        torch.save(state, top / name / "last.pt")
+    for name, *more in (["cp2image-seed0"], ["cp2image-seed1", "--seed=1"], ["percentile-seed0", "--image-norm=percentile"]):
+        run_train(top / "data", top / name, *more, steps=1)
     return top
 
 
@@ -2535,12 +2514,10 @@ def test_the_same_call_writes_the_same_bytes_and_every_number_with_its_condition
     written = {path.name for path in (judged / "eval").iterdir()}
     assert written - {"metrics.png"} == {"metrics.json", "metrics.csv", "features.csv", "moa.csv", "grid.png", "grid.json"}
     assert found["about"].items() >= {"split": "train", "seed": 0, "cells": 80, "step": 1}.items()
-    results = found["results"]
-    shuffled = results["random training cell"]["r Nuclei_AreaShape_X"]
+    shuffled, flat = [found["results"][who]["r Nuclei_AreaShape_X"] for who in ("random training cell", "mean training image")]
     low, high = shuffled["interval"]
     assert -0.6 < low < shuffled["value"] < high < 0.6 and shuffled["n"] == 80
-    assert results["real"]["r Nuclei_AreaShape_X"]["value"] == 1
-    assert results["mean training image"]["r Nuclei_AreaShape_X"]["value"] is None  # one picture for all: undefined, not 0
+    assert flat["value"] is None  # one picture for all: undefined, not 0
 
 
 def test_wells_of_plates_without_two_dmso_wells_are_left_out_of_nsc():
@@ -2548,19 +2525,17 @@ def test_wells_of_plates_without_two_dmso_wells_are_left_out_of_nsc():
     report.add_wells("real", wells.assign(plate=wells["plate"].where(wells.index > 10, "Week9")))
     assert "needs two DMSO wells" in report.absent["11 wells of real (plates Week9)"]
     assert report.table()["n"][0] == 48
-    report.add_wells("drawn", wells[wells["compound"] != "DMSO"])  # on no plate: absent, with the reason
-    assert "plate Week1_1: 0 rows of DMSO" in report.absent["NSC, NSCB of drawn"]
 
 
-def test_runs_side_by_side(judged, unplotted):
+def test_runs_side_by_side(judged, quick):
     runs = [str(judged / name) for name in ("cp2image-seed0", "cp2image-seed1/last.pt")]
     common = arguments(judged, "--grid", 4, out="cmp")
     evaluate.main([*common, "--runs", *runs])
-    parts = pd.concat([pd.read_csv(judged / f"cmp/cp2image-seed{seed}/metrics.csv") for seed in "01"])
-    values = parts.loc[(parts["who"] == "generated") & (parts["quantity"] == "pixel loss"), "value"]
-    table = pd.read_csv(judged / "cmp/comparison.csv").set_index(["who", "quantity"])
+    parts = [json.loads((judged / f"cmp/cp2image-seed{seed}/metrics.json").read_text())["results"] for seed in "01"]
+    values = [results["generated"]["pixel loss"]["value"] for results in parts]
+    table = pd.read_csv(judged / "cmp/comparison.csv", index_col=["who", "quantity"])
     row = table.loc[("cp2image", "pixel loss"), ["mean", "sd", "runs"]]
-    assert row.tolist() == pytest.approx([values.mean(), values.std(), 2], rel=1e-4)
+    assert row.tolist() == pytest.approx([np.mean(values), np.std(values, ddof=1), 2], rel=1e-4)
     assert table["runs"]["nearest training cell", "pixel loss"] == 1
     for other in ("cp2image-seed0", "percentile-seed0"):
         refuses("one --image-norm, and different seeds", evaluate.main, [*common, "--runs", runs[0], str(judged / other)])
@@ -2573,10 +2548,10 @@ def test_the_numbers_of_the_first_run_are_written_before_the_second_is_judged(ju
     monkeypatch.setattr(evaluate, "judge", lambda *more: reports.pop())
     with pytest.raises(IndexError):
         evaluate.main(arguments(judged, "--runs", judged / "cp2image-seed0", judged / "cp2image-seed1", out="half"))
-    assert {p.name for p in (judged / "half/cp2image-seed0").iterdir()} == {"metrics.json", "metrics.csv"}
+    assert len(pd.read_csv(judged / "half/cp2image-seed0/metrics.csv")) == 2
 
 
-def test_baselines_are_judged(judged, unplotted):
+def test_baselines_are_judged(judged, quick):
     """A VAE reconstructs the cells and samples freely, a GAN only samples; both are represented."""
     runs = [judged / "vae-seed0", judged / "lsgan-seed0"]
     for run in runs:
@@ -2592,36 +2567,34 @@ def test_baselines_are_judged(judged, unplotted):
 def test_two_channels_of_64_pixels_are_judged_where_possible(judged):
     whole = data.open_folder(judged / "data")
     folder = data.Folder(whole.path, {**whole.meta, "channels": ["DAPI", "Actin"]}, whole.patches[:, :2, :64, :64], whole.raw, whole.cells)
-    G = model.Generator(len(folder.features), 2, 64).eval()
-    G.image_norm, G.white = "cell-max", None
+    G = model.Generator(len(folder.features), 2, 64).eval().requires_grad_(False)
+    G.image_norm, G.white, G.latent = "cell-max", None, 0
     report = evaluate.judge(G, None, folder, evaluate.choose_cells(folder, "train", 40, 0), 0, "cpu")
     assert {"pixel loss", "NSC"} <= set(report.table()["quantity"])
     assert "all that is measured in pictures" in report.absent
 
 
-def test_an_edited_generator_is_the_one_that_is_judged_and_may_draw_no_nucleus(judged, unplotted, monkeypatch):
+def test_an_edited_generator_is_the_one_that_is_judged_and_may_draw_no_nucleus(judged, quick, monkeypatch):
     monkeypatch.setattr(model.Generator, "forward", lambda self, f: torch.zeros(len(f), 3, 68, 68))
     found = evaluate_run(judged, out="black")
-    assert found["results"]["generated"]["nucleus found"]["value"] == 0 and not any(found["about"]["claims of the paper"].values())
+    assert found["results"]["generated"]["nucleus found"]["value"] == 0 and "FD-CP2 of generated" in found["absent"]
 
 
-def test_fid_of_the_command(judged, unplotted, monkeypatch):
+def test_fid_of_the_command(judged, quick, monkeypatch):
     """20 cells a side, pixels for Inception's features (the network is tested above): real cells lie nearer to real ones."""
     monkeypatch.setattr(evaluate, "load_inception", lambda path, device: "net")
     monkeypatch.setattr(evaluate, "inception_features", lambda net, x: x.reshape(len(x), -1)[:, ::97] / 255)
     found = evaluate_run(judged, "--inception", "w", "--n", 20, out="fid")
     real, ours = found["results"]["real"], found["results"]["generated"]
     for name in ("FID", "FID DAPI", "FID Tubulin", "FID Actin"):
-        assert real[name]["value"] < ours[name]["value"] and ours[name]["n"] == 20
+        assert real[name]["value"] < ours[name]["value"]
 
 
-def test_what_evaluate_refuses(judged, folder_path):
-    for more, message in ((["--data", folder_path], "last.pt: was trained on another prepared folder"),
-                          (["--device", "nonsense"], "--device nonsense: not on this machine")):
-        refuses(message, evaluate_run, judged, *more)
+def test_a_run_is_judged_on_its_own_folder_only(judged, folder_path):
+    refuses("last.pt: was trained on another prepared folder", evaluate_run, judged, "--data", folder_path)
 
 
-@pytest.mark.parametrize("bad", ["--run x", "--data x", "--data x --runs y", "--data x --run y --n 0", f"--data x --run y --seed {2 ** 63}"])
+@pytest.mark.parametrize("bad", ["--run x", "--data x --runs y", "--data x --run y --n 0"])
 def test_what_the_parser_refuses(bad):
     with pytest.raises(SystemExit):
         evaluate.parse(bad.split())
@@ -2632,7 +2605,7 @@ def test_a_failing_plot_is_one_line(judged, quick, monkeypatch, capsys):
     monkeypatch.setattr(data, "tile", lambda rows: 1 / 0)
     evaluate_run(judged, "--seed", 2 ** 62, out="bare")
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("the numbers are complete") == 2 and "no grid.png (ZeroDivisionError" in said
+    assert said.count("the numbers are complete") == 2
 
 
 @needs_shared
@@ -2659,9 +2632,10 @@ def test_inception_mistakes_are_caught(name, monkeypatch):
 
     monkeypatch.setattr(evaluate.F, "interpolate", resize)
     average.count_include_pad = "pad" in name
-    if name[0] == "7":  # 7b, 7c: each with the other's pool
-        pools = {"7b": net.Mixed_7c.pool, "7c": average}
-        net.get_submodule(f"Mixed_{name[:2]}").pool = pools[name[:2]]
+    if "7b" in name:
+        net.Mixed_7b.pool = net.Mixed_7c.pool
+    if "7c" in name:
+        net.Mixed_7c.pool = average
     if "BGR" in name:
         images = images[:, [2, 1, 0]]
     for m in net.modules():
@@ -2675,23 +2649,17 @@ def test_frechet_closed_forms():
     assert evaluate.frechet_distance(x, x[::-1]) < 1e-9
     x = normal(500, 3)
     assert evaluate.frechet_distance(x, 3 * x) == pytest.approx((4 * x.var(0, ddof=1) + 4 * x.mean(0) ** 2).sum())
-    assert evaluate.frechet_distance([[0.0], [2.0]], [[1.0], [5.0]]) == pytest.approx(4 + 2)  # means 1, 3; sds sqrt 2, sqrt 8
 
 
 def test_kid_of_one_distribution_is_near_zero_and_of_noise_is_large():
     real = normal(400, 10)
     assert abs(evaluate.kid(real, normal(400, 10, 1))[0]) < 0.05
     assert evaluate.kid(real, normal(400, 10, 1, scale=2), seed=2 ** 62)[0] > 0.5
-    small = [evaluate.mmd2(normal(8, 10, s), normal(8, 10, 1000 + s)) for s in range(300)]
-    assert abs(np.mean(small)) < 0.1  # unbiased at n = 8; biased: +1
 
 
 def test_mode_collapse_and_noise_are_caught():
-    def two_modes(seed):  # more than one block of rows
-        return np.concatenate([normal(700, 6, seed), normal(700, 6, seed + 1, shift=8)])
-
-    real = two_modes(0)
-    assert min(evaluate.precision_recall(real, two_modes(2)).values()) > 0.85
+    real, alike = [np.concatenate([normal(700, 6, i), normal(700, 6, i + 1, shift=8)]) for i in (0, 2)]  # over one block of rows
+    assert min(evaluate.precision_recall(real, alike).values()) > 0.85
     half = evaluate.precision_recall(real, normal(1400, 6, 4))  # one mode of two
     assert half["precision"] > 0.85 and half["recall"] < 0.55
     assert evaluate.precision_recall(real, normal(1400, 6, 6, 4, 20))["precision"] < 0.05  # noise
@@ -2700,9 +2668,9 @@ def test_mode_collapse_and_noise_are_caught():
 def test_nsc_of_shuffled_mechanisms_is_chance():
     wells = compound_table()
     shuffled = dict(zip(wells["compound"].unique(), np.random.default_rng(1).permutation(wells["moa"][:24])))
-    found = evaluate.score_profiles(wells.assign(moa=wells["compound"].map(shuffled).fillna("DMSO")))["NSC"]
-    assert abs(found["accuracy"] - found["null_mean"]) < 3 * found["null_sd"] and abs(found["null_mean"] - 5 / 23) < 0.05
-
+    found = scored(wells.assign(moa=wells["compound"].map(shuffled).fillna("DMSO")), "z")
+    accuracy, null = found["value"][["NSC", "NSC of permuted labels"]]
+    assert abs(accuracy - null) < 3 * (found["high"]["NSC of permuted labels"] - null) and abs(null - 5 / 23) < 0.05
 
 
 def test_plots_need_no_display_and_no_backend(tmp_path):
@@ -2713,7 +2681,7 @@ def test_plots_need_no_display_and_no_backend(tmp_path):
             "evaluate.draw_plots(pathlib.Path(sys.argv[1]), r)")
     environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "plot.png")], cwd=HERE, check=True, env=environment)
-    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert (tmp_path / "plot.png").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------
