@@ -1571,7 +1571,7 @@ def parse(argv):
         help="leave out cells whose patch or field is missing or malformed, and count them")
     add("--seed", type=data.seed, default=0,
         help="of the split and of the simulation (default 0)")
-    add("--workers", type=positive, default=min(8, os.cpu_count()), metavar="N",
+    add("--workers", type=positive, default=min(8, os.cpu_count() or 1), metavar="N",
         help="processes that read patches (default: the CPUs, 8 at most)")
     args = parser.parse_args(argv)
     if args.write_release and not args.simulate:
