@@ -527,7 +527,7 @@ def scale_images(x, norm, white=None):
         brightest = x.amax((2, 3), keepdim=True)
         return x / brightest.clamp(min=1)
     assert norm == "percentile", norm
-    white = x.new_tensor(white)
+    white = torch.as_tensor(white).to(x)
     return (x / white[:, None, None]).clamp(max=1)
 
 
