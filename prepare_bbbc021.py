@@ -1408,10 +1408,9 @@ def white_levels(path, rows):
     return white.clip(1).tolist()
 
 
-def write_folder(out, source, cells, stay, channels, size, options, workers, skip_bad):
-    """Writes the prepared folder `out` of those cells (a frame like source.cells, completed) that `stay` (N,) bool.
+def write_folder(work, source, cells, stay, channels, size, options, workers, skip_bad):
+    """Writes the prepared folder `work` of those cells (a frame like source.cells, completed) that `stay` (N,) bool.
     options: split, normalise, drop_duplicates, seed, and whatever else describes the call."""
-    work = out.with_name(out.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)             # of a preparation that was interrupted
     work.mkdir(parents=True)
 
@@ -1469,7 +1468,6 @@ def write_folder(out, source, cells, stay, channels, size, options, workers, ski
         "checksums": {name: data.checksum(work / name) for name in data.FILES},
     }
     data.write(work / "meta.json", json.dumps(meta, indent=1) + "\n")
-    os.replace(work, out)
 
 
 def count(cells):
@@ -1627,17 +1625,22 @@ def main(argv=None):
     options = vars(args).copy()
     for name in ("out", "workers", "write_release"):
         del options[name]
-    write_folder(
-        out,
-        source,
-        cells,
-        stay,
-        args.channels,
-        args.size,
-        options,
-        args.workers,
-        args.skip_bad,
-    )
+    work = out.with_name(out.name + ".partial")
+    try:
+        write_folder(
+            work,
+            source,
+            cells,
+            stay,
+            args.channels,
+            args.size,
+            options,
+            args.workers,
+            args.skip_bad,
+        )
+        os.replace(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)         # of a preparation that was refused or stopped
     print(describe(data.open_folder(out)))
     print(f"next: python train.py --data {out}")
 

@@ -1765,12 +1765,13 @@ def test_refused_calls(crops_path, folder_path, tmp_path, capsys):
 
 
 def test_a_preparation_cut_short_leaves_no_folder_and_starts_again(crops_path, tmp_path, monkeypatch):
-    """Stopped in the middle: nothing is called OUT; the next call replaces what is left."""
+    """Stopped in the middle nothing stays, nor what a killed call left; the next call is whole."""
     out = tmp_path / "out"
+    (tmp_path / "out.partial").mkdir()
     with monkeypatch.context() as patched, pytest.raises(TypeError):
         patched.setattr(prepare, "white_levels", None)          # every patch is written
         prepare_to(out, *crops_command(crops_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert not list(tmp_path.iterdir())
     prepare_to(out, *crops_command(crops_path))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

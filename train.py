@@ -936,7 +936,7 @@ def finish(run, rank, caught, step, minutes):
             print(f"stopped by {name} at step {step}: {run.last} is saved; go on with --resume", flush=True)
         sys.exit(128 + caught[0])
     if rank == 0:
-        print(f"done   {step} steps in {minutes:.1f} min: {run.last}, pictures in {run.path / 'samples'}")
+        print(f"done   {step} steps in {minutes:.1f} min: {run.path}")
 
 
 if __name__ == "__main__":
