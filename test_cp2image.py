@@ -296,11 +296,15 @@ def test_released_settings_are_the_flags_defaults():
     assert (args.order, args.spectral_norm, args.batch) == ("shared", "on", 0)
 
 
+def rule_golden():
+    return json.loads((SHARED / "fixtures/original/rule_golden.json").read_text())
+
+
 @needs_shared
 @pytest.mark.parametrize("case", ["eval", "train"])
 def test_released_rule_case_in_full(case):
     """Everything else in rule_golden.json: pictures, logits, hidden maps, u, gradients of both objectives."""
-    golden = json.loads((SHARED / "fixtures/original/rule_golden.json").read_text())
+    golden = rule_golden()
     G, D = released_pair(rule_value)
     G.train(case == "train")
     x_fake, logit, maps, losses = forward(G, D.train(case == "train"), *rule_batch())
@@ -317,6 +321,17 @@ def test_released_rule_case_in_full(case):
     for array, numbers in zip(arrays, expected, strict=True):
         shape = "x".join(map(str, array.shape))
         assert_summary(array.detach().numpy(), numbers, golden["elements"].get(shape, []))
+
+
+@needs_shared
+def test_released_rule_case_from_step_0():
+    golden = rule_golden()["step2_gs0"]
+    nets = released_pair(rule_value)
+    opts = released_optimisers(*nets)
+    for i in range(2):
+        assert released_step(nets, opts, rule_batch(), i) == pytest.approx(golden["losses"][i], rel=1e-9)
+    for array, expected in zip(released_state(*nets).values(), golden["w"], strict=True):
+        assert_summary(array, expected[:2])
 
 
 RELEASED_FIELDS = {"weight": "scale", "bias": "bias", "running_mean": "movingBatchMean", "running_var": "movingBatchVar", "u": "u"}
