@@ -699,9 +699,9 @@ class Report:
     def add_scores(self, who, wells, normalise, average="mean"):
         """NSC and NSCB of well profiles, see treatment_profiles."""
         t, features = treatment_profiles(wells, normalise, average)
-        for name, batches in (("NSC", None), ("NSCB", t["batches"])):
+        for name, apart in (("NSC", None), ("NSCB", t["batches"])):
             try:
-                s = nsc(t[features], t["compound"], t["moa"], batches, self.seed)
+                s = nsc(t[features], t["compound"], t["moa"], apart, self.seed)
             except InputError as error:
                 self.absent[f"{name} of {who}"] = str(error)
                 continue

@@ -331,11 +331,15 @@ class Batches:
         self.device = device
         self.raw = folder.raw
         self.patches = folder.patches.view(np.int16)  # on a GPU few operations take uint16
+        self.centre = folder.centre
+        self.scale = folder.scale
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             if self.raw.nbytes + self.patches.nbytes < 0.7 * free:
                 self.raw = torch.tensor(self.raw, device=device)
                 self.patches = torch.tensor(self.patches, device=device)
+                self.centre = self.centre.to(device)
+                self.scale = self.scale.to(device)
 
     def take(self, array, rows):
         """Rows of an array, from where it is kept."""
@@ -345,8 +349,7 @@ class Batches:
 
     def features(self, rows):
         raw = self.take(self.raw, rows)
-        centre, scale = self.folder.centre.to(raw.device), self.folder.scale.to(raw.device)
-        return model.standardise(raw, centre, scale).to(self.device)
+        return model.standardise(raw, self.centre, self.scale).to(self.device)
 
     def images(self, rows):
         patches = self.take(self.patches, rows).to(self.device)
@@ -729,7 +732,6 @@ def announce(args, folder, sampler, G, D, device, world):
     if isinstance(D, model.Discriminator) and args.hidden_weight and acting < model.HIDDEN_MAPS:
         print(f"note   --hidden-ramp {args.hidden_ramp}: {acting} of the 4 hidden maps act in these {args.steps} steps "
               "(with 0 they train on pixels only, as with --hidden-weight 0)")
-    sys.stdout.flush()
 
 
 # Flags that a resumed run may change
