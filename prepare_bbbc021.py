@@ -1355,6 +1355,7 @@ def in_order(work, units, workers):
 
 def with_progress(results, sizes, what):
     """The results as they come, and every 5 seconds a line. sizes: how much of `what` each result is."""
+    total = sum(sizes)
     done = 0
     said = 0
     begin = time.perf_counter()
@@ -1362,9 +1363,9 @@ def with_progress(results, sizes, what):
         yield result
         done += size
         seconds = time.perf_counter() - begin
-        if seconds > said + 5 or done == sum(sizes):
+        if seconds > said + 5 or done == total:
             said = seconds
-            print(f"{done}/{sum(sizes)} {what} | {done / seconds:.4g}/s", flush=True)
+            print(f"{done}/{total} {what} | {done / seconds:.4g}/s", flush=True)
 
 
 def write_patches(path, source, stay, shape, workers, skip_bad):
