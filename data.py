@@ -23,7 +23,7 @@ import os
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from itertools import permutations
+from itertools import permutations, product
 from math import ceil, comb, inf, nan, pi, sqrt
 from pathlib import Path
 
@@ -529,6 +529,66 @@ def scale_images(x, norm, white=None):
     assert norm == "percentile", norm
     white = torch.as_tensor(white).to(x)
     return (x / white[:, None, None]).clamp(max=1)
+
+
+def turn(x, moves):
+    """Images x (B, C, S, S), each by its own move (B,), 0 to 7: 1 turns it upside down, 2 left to right, 4 then swaps rows and
+    columns; their sums do both. All flips and quarter turns of a picture."""
+    moves = torch.as_tensor(moves, device=x.device)
+    moves = moves[:, None, None, None]
+    x = torch.where(moves & 1 > 0, x.flip(2), x)
+    x = torch.where(moves & 2 > 0, x.flip(3), x)
+    return torch.where(moves & 4 > 0, x.mT, x)
+
+
+def turned_from(name, move):
+    """The measurement of a picture that becomes `name` when the picture makes a move (see `turn`), and its sign; NaN where it
+    does not come from one other alone."""
+    y = -1 if move & 1 else 1
+    x = -1 if move & 2 else 1
+    swap = move & 4 > 0
+    if move and re.search("Orientation|SpatialMoment|ZernikePhase", name):
+        return name, nan
+    if name.endswith("HuMoment_6"):                     # knows left from right
+        mirrored = -1 if swap else 1
+        return name, x * y * mirrored
+    moment = re.fullmatch(r"(.+(?:Central|Normalized)Moment)_(\d)_(\d)", name)
+    if moment:                                          # of powers p of y and q of x
+        kind = moment[1]
+        p = int(moment[2])
+        q = int(moment[3])
+        if swap:
+            p, q = q, p
+        return f"{kind}_{p}_{q}", y ** p * x ** q
+    if re.search("InertiaTensor_(0_1|1_0)", name):
+        return name, x * y
+    if swap and "InertiaTensor_0_0" in name:
+        return name.replace("0_0", "1_1"), 1
+    if swap and "InertiaTensor_1_1" in name:
+        return name.replace("1_1", "0_0"), 1
+    texture = re.fullmatch(r"(.+_Texture_.+)_0(\d)_(\d+)", name)
+    if texture:
+        direction = int(texture[2])                     # right, down-right, down, down-left
+        if x * y < 0 and direction in (1, 3):
+            direction = 4 - direction
+        if swap and direction in (0, 2):
+            direction = 2 - direction
+        return f"{texture[1]}_0{direction}_{texture[3]}", 1
+    return name, 1
+
+
+def turned_columns(features):
+    """How measurements follow the 8 moves of `turn`: raw (B, F) of a picture that makes move m becomes raw[:, place[m]] * sign[m].
+    place (8, F) int64, sign (8, F) float32, NaN where a measurement cannot be told."""
+    at = {name: j for j, name in enumerate(features)}
+    place = torch.zeros(8, len(features), dtype=torch.int64)
+    sign = torch.full((8, len(features)), nan)
+    for move, (j, name) in product(range(8), enumerate(features)):
+        source, its_sign = turned_from(name, move)
+        if source in at:
+            place[move, j] = at[source]
+            sign[move, j] = its_sign
+    return place, sign
 
 
 def composite(x):

@@ -36,7 +36,7 @@ FIG4C = ["Nuclei_AreaShape_Area", "Nuclei_AreaShape_Orientation",
 AREA = FIG4C[0]  # what walks and latents report of their pictures
 BLOCK = 50  # dimensions replaced at once in Fig 5a (paper)
 # --edit: what happens to the measurements that an edit does not name (Cells.edit), in words
-OTHERS = {"hold": "held", "conditional": "moved to their conditional mean"}
+OTHERS = {"hold": "held", "conditional": "moved to their conditional mean", "free": "left open"}
 OFFSETS = np.arange(-3.0, 4.0)  # sd, the moves of controllability, 0 among them
 REFERENCE = 20_000  # training cells at most that stand for the data: bounds the memory
 NOISE, FRESH = 500, 2_000  # noise vectors that serve as a GAN's cells, and more that stand for its data
@@ -155,12 +155,19 @@ class Reference:
         self.known = f
         some = f[::len(f) // 1000 + 1]
         to_others = np.partition(cdist(some, f), 1)[:, 1]  # the nearest is the cell itself
-        self.usual = np.median(to_others)
+        self.usual = np.median(to_others) or to_others.mean()  # a single feature may have ties
 
     def mahalanobis(self, f):
         """Squared Mahalanobis distance (n,) of f (n, F) from the mean."""
         moved = f - self.mean
         return (moved @ self.inverse * moved).sum(1)
+
+    def of_given(self, f):
+        """What f (n, F) is held against, and f, both without the features that an edit left open (NaN)."""
+        given = np.isfinite(f).all(0)
+        if given.all():
+            return self, f
+        return Reference(self.known[:, given]), f[:, given]
 
     def how_far(self, f):
         """The percentile (n,) of the Mahalanobis distance of each vector f (n, F) among the training cells'."""
@@ -249,6 +256,7 @@ class Cells:
         self.features = G.features
         self.centre = G.centre.numpy()
         self.scale = G.scale.numpy()
+        self.pinned = []  # places that a free edit gives, too
         self.area = np.flatnonzero(np.isin(G.features, AREA))  # its place, if it is a feature
         if folder:
             self.table = folder.cells
@@ -279,7 +287,9 @@ class Cells:
 
     def standardise(self, raw):
         """raw (n, F) -> f (n, F) float64: model.standardise on arrays."""
-        return model.standardise(torch.tensor(raw), self.G.centre, self.G.scale).double().numpy()
+        missing = np.nan if self.G.missing else 0.0
+        f = model.standardise(torch.tensor(raw), self.G.centre, self.G.scale, missing)
+        return f.double().numpy()
 
     def pictures(self, rows):
         """The real cells, scaled as for the generator."""
@@ -293,8 +303,13 @@ class Cells:
         """raw (n, F) with the features `places` (g,) set to `values` (n, g); directions wrap into -90..90 degrees. `way`, a word of
         OTHERS: what the other features do; another way is a branch here. hold: nothing. conditional: they move as their conditional
         mean does when the edited ones move, f_o + C_oe C_ee^-1 (f_e' - f_e) with the covariance C of the training cells; an edit to
-        the cell's own values changes nothing."""
+        the cell's own values changes nothing. free: they are not given (NaN), but for `pinned` ones: the model decides."""
         out = raw.copy()
+        if way == "free":
+            if not self.G.missing:
+                raise InputError(f"--edit free: a {self.G.model} needs every measurement; train --model sharp")
+            out[:] = np.nan
+            out[:, self.pinned] = raw[:, self.pinned]
         if way == "conditional":
             covariance = self.reference.covariance  # (F, F) in sd
             weights = np.linalg.solve(covariance[np.ix_(places, places)], covariance[places])  # (g, F)
@@ -304,10 +319,14 @@ class Cells:
         turned = is_angle(self.features) & (abs(out) > 90)
         return np.where(turned, wrap(out), out)
 
-    def paint(self, f):
-        """Pictures (n, C, S, S) of f (n, F)."""
+    def paint(self, f, z=None):
+        """Pictures (n, C, S, S) of f (n, F); z (n, G.latent): what chance adds, where the generator has that."""
         draw = getattr(self.G, "decode", self.G)
-        parts = [draw(part.to(self.G.device)).cpu() for part in torch.tensor(f).float().split(256)]
+        inputs = [torch.tensor(f).float()]
+        if z is not None:
+            inputs.append(z)
+        batches = zip(*(v.to(self.G.device).split(256) for v in inputs))
+        parts = [draw(*batch).cpu() for batch in batches]
         return torch.cat(parts).clamp(0, 1)
 
     def look(self, x):
@@ -442,10 +461,11 @@ class Result:
         where there are pictures; columns: values (n,) for the records."""
         x = cells.paint(f)
         seen = cells.look(x)
-        far = cells.reference.how_far(f)
+        known, f = cells.reference.of_given(f)
+        far = known.how_far(f)
         self.outside += (far > 99).sum()
         columns["outside percentile"] = far
-        columns["nearest"] = cells.reference.nearest(f)
+        columns["nearest"] = known.nearest(f)
         table = pd.DataFrame(dict(row=name, asked=heads, **columns))
         for j in watch:
             table[f"measured {cells.features[j]}"] = seen[:, j]
@@ -663,6 +683,9 @@ def controllability(cells, feature=("*",), n=16, edit="hold"):
     ceiling = real.corrwith(pd.DataFrame(cells.raw(some)))  # (F,)
     raw = cells.raw(cells.pick(cells.rows, n))  # (n, F)
     n = len(raw)
+    z = None
+    if edit == "free":  # each cell has its own chance, the same along its edit
+        z = model.noise(cells.G, n, cells.seed).repeat(len(OFFSETS), 1)
     follow = 0
     result = Result(f"controllability_{edit}", f"controllability, others {OTHERS[edit]}", n=n, edit=edit)
     begun = time.time()
@@ -670,8 +693,9 @@ def controllability(cells, feature=("*",), n=16, edit="hold"):
         moved = [cells.edit(raw, [j], raw[:, [j]] + k * cells.scale[j], edit) for k in OFFSETS]
         asked = np.array(moved)  # (7, n, F)
         f = cells.standardise(np.concatenate(asked))  # (7 n, F)
-        got = cells.look(cells.paint(f)).reshape(asked.shape)
-        far = cells.reference.how_far(f).reshape(-1, n)  # (7, n)
+        got = cells.look(cells.paint(f, z)).reshape(asked.shape)
+        known, f = cells.reference.of_given(f)
+        far = known.how_far(f).reshape(-1, n)  # (7, n)
         if edit == "conditional":
             follow = cells.reference.covariance[j] / cells.reference.covariance[j, j]
         record = obedience(asked, got, cells.features, cells.unit, j, follow, cells.seed)
@@ -910,7 +934,9 @@ def parse(argv):
     add("--steps", type=number_from_1, default=7,
         help="pictures in a row (default 7)")
     add("--edit", default="hold", choices=OTHERS,
-        help="the other measurements: held, or moved to their conditional mean")
+        help="the other measurements: held, moved to their conditional mean, or (sharp) left open")
+    add("--pin", nargs="+", default=[],
+        help="with --edit free: names or patterns that are given, too, at the cell's own values")
     add("--cell",
         help="the cell, by its name (default: the one closest to the mean of the split)")
     add("--html",
@@ -940,7 +966,9 @@ def parse(argv):
     add("--n", type=number_from_1, default=16,
         help="cells, or all where there are fewer (default 16)")
     add("--edit", default="hold", choices=OTHERS,
-        help="the other measurements: held, or moved to their conditional mean")
+        help="the other measurements: held, moved to their conditional mean, or (sharp) left open")
+    add("--pin", nargs="+", default=[],
+        help="with --edit free: names or patterns that are given, too, at the cell's own values")
 
     add = command(coupling, "which groups of measurements each channel depends on")
     add("--n", type=number_from_1, default=500,
@@ -976,6 +1004,8 @@ def main(argv=None):
         kind = {"features": Cells, "images": EncodedCells, "noise": NoiseCells}[G.takes]
         cells = kind(G, folder, args.split, args.seed)
 
+    for pattern in getattr(args, "pin", []):
+        cells.pinned += cells.places(pattern)
     own = list(inspect.signature(args.figure).parameters)[1:]  # of its flags; all take the cells first
     options = {name: vars(args)[name] for name in own}
     result = args.figure(cells, **options)

@@ -28,7 +28,7 @@ FORMAT = "cp2image-3"  # of a checkpoint
 OLD_FORMAT = "cp2image-2"  # the same weights; plate-dmso was another normalisation there
 # Columns of a cell beside its features
 ABOUT_A_CELL = "cell field plate well site replicate compound concentration moa x y split".split()
-KINDS = ("cp2image", "vae", "vaeplus", "lsgan", "dcgan", "wgan")
+KINDS = ("cp2image", "sharp", "vae", "vaeplus", "lsgan", "dcgan", "wgan")
 
 
 class InputError(ValueError):
@@ -45,6 +45,11 @@ def conv(c_in, c_out, k, padding=0):
     sd = math.sqrt(2 / (k * k * c_in + c_out))
     nn.init.normal_(layer.weight, std=sd)
     return layer
+
+
+def pixelwise(v):
+    """Values (C,) or (B, C), shaped to act on every pixel of maps (B, C, H, W)."""
+    return v[..., None, None]
 
 
 class BatchNorm(nn.Module):
@@ -64,11 +69,12 @@ class BatchNorm(nn.Module):
         if not self.training:
             running = self.running_mean, self.running_var
             return F.batch_norm(x, *running, self.weight, self.bias, False, 0.0, EPS)
-        var, mean = torch.var_mean(x[:moments_of], (0, 2, 3), correction=0)  # (C,), (C,)
+        first = x[:moments_of]
+        var, mean = torch.var_mean(first, (0, 2, 3), correction=0)  # (C,), (C,)
         self.update_running(mean, var)
         sd = (var + EPS).sqrt()
-        x = (x - mean[:, None, None]) / sd[:, None, None]
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
+        x = (x - pixelwise(mean)) / pixelwise(sd)
+        return x * pixelwise(self.weight) + pixelwise(self.bias)
 
     @torch.no_grad()
     def update_running(self, mean, var):
@@ -79,6 +85,11 @@ class BatchNorm(nn.Module):
 
 def leaky(x):
     return F.leaky_relu(x, SLOPE)
+
+
+def steep(x):
+    """The leaky ReLU of the GANs and of Sharp."""
+    return F.leaky_relu(x, 0.2)
 
 
 def nearest(x, size):
@@ -166,6 +177,175 @@ def hidden_losses(maps, maps_fake, pixels):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Sharp, beyond the paper: cells with texture, from as many measurements as are given
+
+COMPONENTS = 100  # principal components of the measurements that are shown beside them
+MIXED = 32  # of the noise: values that change the cell as a whole; the others are grain, one a pixel
+GRAIN = (36, 72)  # pixels, sides of the maps that get grain
+
+
+def given(f):
+    """Measurements (B, F), NaN = not given -> the values, 0 where not given, and which are given (1 or 0)."""
+    return f.nan_to_num(nan=0.0), f.isfinite().to(f.dtype)
+
+
+def roots(x):
+    """Square roots of images: dim structure weighs as much as bright, and a camera's noise is the same everywhere."""
+    return (x.clamp(min=0) + 1e-4).sqrt()
+
+
+def double(h):
+    """Maps enlarged twofold between the pixels' centres (bilinear), which leaves no grid."""
+    return F.interpolate(h, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def square(v, channels):
+    """Vectors (B, channels * h * h) as maps (B, channels, h, h)."""
+    side = math.isqrt(v.shape[1] // channels)
+    return v.unflatten(1, (channels, side, side))
+
+
+class Styled(nn.Module):
+    """A 3x3 convolution whose input channels are weighed by a style w (B, width), its output brought back to the size it had
+    (modulation and demodulation of StyleGAN2, Karras et al. 2020). Borders repeat: zeros there would be seen as a frame.
+    `grain` (B, 1, h, h), standard normal, is added in a strength that each channel learns, from 0 on."""
+
+    def __init__(self, c_in, c_out, width):
+        super().__init__()
+        self.style = nn.Linear(width, c_in)
+        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1, padding_mode="replicate", bias=False)
+        self.strength = nn.Parameter(torch.zeros(c_out))
+        self.bias = nn.Parameter(torch.zeros(c_out))
+
+    def forward(self, h, w, grain=None):                                 # (B, c_in, h, h), (B, width)
+        style = 1 + self.style(w)                                        # (B, c_in)
+        power = self.conv.weight.square().sum((2, 3))                    # (c_out, c_in)
+        size = style.square() @ power.T                                  # (B, c_out)
+        h = self.conv(h * pixelwise(style))                              # (B, c_out, h, h)
+        h = h * pixelwise(size.rsqrt())
+        h = h + pixelwise(self.bias)
+        if grain is not None:
+            h = h + pixelwise(self.strength) * grain
+        return steep(h)
+
+
+class SharpGenerator(nn.Module):
+    """Measurements (B, n_features), standardised, NaN = not given, and noise z (B, latent), standard normal -> images
+    (B, n_channels, size, size) in 0..1. Without z: fresh noise in training, else one and the same for every cell, so that a
+    picture depends on its measurements alone."""
+    takes = "features"
+    missing = True  # measurements may be missing
+
+    def __init__(self, n_features, n_channels=3, size=SIZE, width=256):
+        super().__init__()
+        self.size = size
+        self.start = math.ceil(size / 8)  # pixels, side of the first map
+        coarse = 4 * self.start
+        fine = 8 * self.start
+        self.parts = [MIXED, coarse ** 2, fine ** 2]  # of the noise
+        self.latent = sum(self.parts)
+        components = min(COMPONENTS, n_features)
+        self.register_buffer("axes", torch.zeros(n_features, components))  # set by `whiten`
+        self.register_buffer("usual", torch.randn(self.latent))
+        inputs = 2 * n_features + components + MIXED
+        self.read = nn.Linear(inputs, width)
+        self.deep = nn.Linear(width, width)
+        self.first = nn.Linear(width, 64 * self.start ** 2)
+        self.conv0 = Styled(64, 64, width)
+        self.conv1 = Styled(64, 64, width)
+        self.conv2 = Styled(64, 48, width)
+        self.conv3 = Styled(48, 32, width)
+        self.out = nn.Conv2d(32, n_channels, 1)
+
+    def whiten(self, f):
+        """Sets the principal axes, those of measurements f (N, n_features); a component has sd 2 among them."""
+        f = f.double()
+        f = f - f.mean(0)
+        _, size, axes = torch.linalg.svd(f, full_matrices=False)
+        sd = size / math.sqrt(len(f) - 1)
+        axes = 2 * axes.T / sd.clamp(min=1e-6)
+        largest = self.axes.shape[1]
+        self.axes.copy_(axes[:, :largest])
+
+    def forward(self, f, z=None):                                        # (B, F), (B, latent)
+        if z is None:
+            z = self.usual.expand(len(f), -1)
+            if self.training:
+                z = torch.randn_like(z)
+        mixed, coarse, fine = z.split(self.parts, 1)
+        coarse = square(coarse, 1)                                       # (B, 1, 36, 36)
+        fine = square(fine, 1)                                           # (B, 1, 72, 72)
+        values, known = given(f)
+        components = values @ self.axes                                  # (B, components)
+        inputs = torch.cat([values, known, components, mixed], 1)
+        w = steep(self.read(inputs))                                     # (B, width)
+        w = steep(self.deep(w))
+        h = square(self.first(w), 64)                                    # (B, 64, 9, 9)
+        h = self.conv0(h, w)
+        h = self.conv1(double(h), w)                                     # (B, 64, 18, 18)
+        h = self.conv2(double(h), w, coarse)                             # (B, 48, 36, 36)
+        h = self.conv3(double(h), w, fine)                               # (B, 32, 72, 72)
+        x = self.out(h).sigmoid()                                        # (B, C, 72, 72)
+        cut = (x.shape[3] - self.size) // 2
+        inside = slice(cut, cut + self.size)
+        return x[:, :, inside, inside]                                   # (B, C, 68, 68)
+
+
+class SharpCritic(nn.Module):
+    """Images (B, n_channels, size, size) in 0..1 and measurements (B, n_features), NaN = not given -> (logits (B,), hidden maps):
+    whether the image is real and of such a cell (projection, Miyato and Koyama 2018). No batch norm: here spectral norm acts."""
+
+    def __init__(self, n_features, n_channels=3, size=SIZE, width=256):
+        super().__init__()
+        self.conv0 = nn.Conv2d(n_channels, 48, 4, 2, padding=1)
+        self.conv1 = nn.Conv2d(48, 96, 4, 2, padding=1)
+        self.conv2 = nn.Conv2d(96, 192, 4, 2, padding=1)
+        self.conv3 = nn.Conv2d(192, 192, 4, 2, padding=1)
+        side = size // 16
+        self.dense = nn.Linear(192 * side ** 2, width)  # keeps all places
+        self.last = nn.Linear(width, 1)
+        self.told = nn.Linear(2 * n_features, width)
+        for layer in self.children():
+            parametrizations.spectral_norm(layer)
+
+    def forward(self, x, f):                                             # (B, C, 68, 68), (B, F)
+        h0 = steep(self.conv0(roots(x)))                                 # (B, 48, 34, 34)
+        h1 = steep(self.conv1(h0))                                       # (B, 96, 17, 17)
+        h2 = steep(self.conv2(h1))                                       # (B, 192, 8, 8)
+        h3 = steep(self.conv3(h2))                                       # (B, 192, 4, 4)
+        h = steep(self.dense(h3.flatten(1)))                             # (B, width)
+        told = self.told(torch.cat(given(f), 1))                         # (B, width)
+        real = self.last(h).flatten()                                    # (B,)
+        fitting = (told * h).sum(1)                                      # (B,)
+        return real + fitting, [h0, h1, h2, h3]
+
+
+class Regressor(nn.Module):
+    """Images (B, n_channels, size, size) in 0..1 -> measurements (B, n_features), standardised: trained first, then fixed, it
+    tells the generator what it was asked for. It never judges. `trust` (n_features,): its r2 in cells that it did not see."""
+
+    def __init__(self, n_features, n_channels=3, size=SIZE):
+        super().__init__()
+        self.layers = nn.Sequential()
+        widths = [n_channels, 32, 64, 128, 128]
+        for c_in, c_out in zip(widths, widths[1:]):
+            self.layers.append(nn.Conv2d(c_in, c_out, 3, 2, padding=1))
+            self.layers.append(nn.BatchNorm2d(c_out))
+            self.layers.append(nn.ReLU())
+        side = math.ceil(size / 16)
+        self.dense = nn.Linear(128 * side ** 2, 256)
+        self.last = nn.Linear(256, n_features)
+        self.register_buffer("trust", torch.ones(n_features))
+
+    def forward(self, x):                                                # (B, C, 68, 68)
+        x = roots(x)
+        x = x + 0.05 * torch.randn_like(x)  # finer than that it shall not see, or a generator writes there for it
+        h = self.layers(x)                                               # (B, 128, 5, 5)
+        h = F.relu(self.dense(h.flatten(1)))                             # (B, 256)
+        return self.last(h)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The baselines: VAE and VAEplus (the paper's Table 1), LSGAN, DCGAN and WGAN (CytoGAN)
 
 
@@ -197,8 +377,8 @@ class VAE(nn.Module):
         h = leaky(F.max_pool2d(h, 2))                                    # (B, 32, 14, 14)
         h = self.bn2(self.conv2(h))                                      # (B, 32, 10, 10)
         h = leaky(F.max_pool2d(h, 2))                                    # (B, 32, 5, 5)
-        h = self.bn3(self.conv3(h)).mean((2, 3))                         # (B, 2 latent) of a map of 1 x 1
-        return h.chunk(2, 1)
+        h = self.bn3(self.conv3(h))                                      # (B, 2 latent, 1, 1)
+        return h.mean((2, 3)).chunk(2, 1)
 
     def decode(self, z):
         return self.decoder(z)
@@ -239,14 +419,14 @@ class NoiseGenerator(nn.Module):
     def forward(self, z):
         s = self.start
         h = self.bn0(self.dense(z))                                      # (B, 256 * 9 * 9)
-        h = F.leaky_relu(h, 0.2)
+        h = steep(h)
         h = h.unflatten(1, (256, s, s))                                  # (B, 256, 9, 9)
         h = self.conv1(nearest(h, 2 * s))                                # (B, 128, 18, 18)
-        h = F.leaky_relu(self.bn1(h), 0.2)
+        h = steep(self.bn1(h))
         h = self.conv2(nearest(h, 4 * s))                                # (B, 64, 36, 36)
-        h = F.leaky_relu(self.bn2(h), 0.2)
+        h = steep(self.bn2(h))
         h = self.conv3(nearest(h, 8 * s))                                # (B, 32, 72, 72)
-        h = F.leaky_relu(self.bn3(h), 0.2)
+        h = steep(self.bn3(h))
         x = (torch.tanh(self.conv4(h)) + 1) / 2                          # (B, C, 72, 72)
         cut = (8 * s - self.size) // 2
         inside = slice(cut, cut + self.size)
@@ -264,21 +444,24 @@ class NoiseDiscriminator(nn.Module):
         self.conv1 = nn.Conv2d(32, 64, 5, 2, padding=2)
         self.conv2 = nn.Conv2d(64, 128, 5, 2, padding=2)
         self.conv3 = nn.Conv2d(128, 256, 5, 2, padding=2)
-        self.latent = nn.Linear(256 * math.ceil(size / 8) ** 2, 100)
+        side = math.ceil(size / 8)
+        self.latent = nn.Linear(256 * side ** 2, 100)
         self.last = nn.Linear(100, 1)
         glorot(self)
 
     def profile(self, x, noise):
         """(B, 100) activations of images in 0..1; `noise`: standard normal, shaped like x."""
         h = 2 * x - 1 + 0.1 * noise
-        h = F.leaky_relu(self.conv0(h), 0.2)                             # (B, 32, 68, 68)
-        h = F.leaky_relu(self.conv1(h), 0.2)                             # (B, 64, 34, 34)
-        h = F.leaky_relu(self.conv2(h), 0.2)                             # (B, 128, 17, 17)
-        h = F.leaky_relu(self.conv3(h), 0.2)                             # (B, 256, 9, 9)
+        h = steep(self.conv0(h))                                         # (B, 32, 68, 68)
+        h = steep(self.conv1(h))                                         # (B, 64, 34, 34)
+        h = steep(self.conv2(h))                                         # (B, 128, 17, 17)
+        h = steep(self.conv3(h))                                         # (B, 256, 9, 9)
         return self.latent(h.flatten(1))                                 # (B, 100)
 
     def forward(self, x):
-        return self.last(self.profile(x, torch.randn_like(x))).flatten()
+        noise = torch.randn_like(x)
+        profile = self.profile(x, noise)                                 # (B, 100)
+        return self.last(profile).flatten()
 
 
 def glorot(net):
@@ -297,6 +480,8 @@ def build_generator(kind, n_features, n_channels=3, size=SIZE, latent=256):
     """The generator of a model. It `takes` "features" (B, n_features), "images" or "noise" (B, latent), and draws images."""
     if kind == "cp2image":
         return Generator(n_features, n_channels, size)
+    if kind == "sharp":
+        return SharpGenerator(n_features, n_channels, size)
     if kind in ("vae", "vaeplus"):
         return VAE(latent, n_channels, size)
     if kind in ("lsgan", "dcgan", "wgan"):
@@ -304,8 +489,10 @@ def build_generator(kind, n_features, n_channels=3, size=SIZE, latent=256):
     raise InputError(f"model {kind!r}: expected one of {', '.join(KINDS)}")
 
 
-def build_discriminator(kind, n_channels=3, size=SIZE, spectral_norm=True):
-    """The discriminator of a model: CytoGAN's for its GANs, none for the VAE, for all others CP2Image's learned metric."""
+def build_discriminator(kind, n_features, n_channels=3, size=SIZE, spectral_norm=True):
+    """The discriminator of a model: CytoGAN's for its GANs, none for the VAE, Sharp's own, for all others CP2Image's learned metric."""
+    if kind == "sharp":
+        return SharpCritic(n_features, n_channels, size)
     if kind in ("lsgan", "dcgan", "wgan"):
         return NoiseDiscriminator(n_channels, size)
     if kind == "vae":
@@ -316,18 +503,20 @@ def build_discriminator(kind, n_channels=3, size=SIZE, spectral_norm=True):
 def networks(kind, n_features, n_channels=3, size=SIZE, spectral_norm=True, latent=256, seed=0):
     """Generator and discriminator (None: it has none) of a model, each initialised from a random stream of its own.
     InputError where pictures are too small for four 5x5 convolutions and three halvings, which end at 1 pixel from 68."""
-    if size < SIZE and kind not in ("lsgan", "dcgan", "wgan"):
+    if size < SIZE and kind not in ("sharp", "lsgan", "dcgan", "wgan"):
         raise InputError(f"model {kind}: pictures of {size} x {size} pixels, its layers need {SIZE} or more; "
                          "prepare larger ones, or train lsgan, dcgan or wgan")
     torch.manual_seed(seed)
     G = build_generator(kind, n_features, n_channels, size, latent)
     torch.manual_seed(seed + 1)
-    D = build_discriminator(kind, n_channels, size, spectral_norm)
+    D = build_discriminator(kind, n_features, n_channels, size, spectral_norm)
     return G, D
 
 
 def draw(G, f, x, z):
     """What a generator draws of the same cells: from f (B, F) standardised, images x in 0..1 or noise z (B, latent)."""
+    if G.takes == "features" and z is not None and hasattr(G, "usual"):
+        return G(f, z)
     return G({"features": f, "images": x, "noise": z}[G.takes])
 
 
@@ -345,12 +534,13 @@ def kernels(net):
 # From a checkpoint and a table of measurements to pictures
 
 
-def standardise(raw, centre, scale):
+def standardise(raw, centre, scale, missing=0.0):
     """Measurements in CellProfiler's units (N, F) -> (N, F) float32 in standard deviations, clipped to -10..10, missing
-    -> 0. `centre`, `scale`: (F,). The inverse, for values that were not clipped, is f * scale + centre."""
+    -> 0, or NaN where the model takes that. `centre`, `scale`: (F,). The inverse, for values that were not clipped, is
+    f * scale + centre."""
     f = raw.double() - centre.double()
     f = f / scale.double()
-    f = f.nan_to_num(nan=0.0, posinf=CLIP, neginf=-CLIP)
+    f = f.nan_to_num(nan=missing, posinf=CLIP, neginf=-CLIP)
     return f.clamp(-CLIP, CLIP).float()
 
 
@@ -370,8 +560,8 @@ def read_checkpoint(path, device="cpu"):
         first, *_ = str(error).strip().split("\n")
         raise InputError(f"{path}: not a readable checkpoint of train.py ({first[:120]}); "
                          "it may be cut short: use an older one") from None
-    known = isinstance(state, dict) and state.get("format") in (FORMAT, OLD_FORMAT)
-    if not known:
+    about = state if isinstance(state, dict) else {}
+    if about.get("format") not in (FORMAT, OLD_FORMAT):
         raise InputError(f"{path}: a torch file, but not a checkpoint of this train.py "
                          f"(expected its key 'format' to be {FORMAT}); "
                          "train it again")
@@ -413,12 +603,13 @@ def load(path, device="cpu"):
     averaged = state["G_ema"]
     load_weights(G, state["G"] if averaged is None else averaged, path)
     G = G.to(device).eval()
-    if torch.device(device).type == "cpu" and G.takes == "features":
+    if torch.device(device).type == "cpu" and isinstance(G, Generator):
         n_features = len(state["features"])
         two_cells = torch.linspace(-2, 2, 2 * n_features)
         G = faster(G, two_cells.view(2, n_features))
     for name in ("model", "features", "channels", "normalise", "image_norm", "white", "step", "identity"):
         setattr(G, name, state[name])
+    G.missing = getattr(G, "missing", False)  # whether measurements may be missing
     G.size = state.get("size", SIZE)
     G.centre = state["centre"].double()
     G.scale = state["scale"].double()
@@ -456,16 +647,16 @@ def sample(G, n, seed=0, batch=256):
 
 
 def table_values(G, table):
-    """The model's features of a table of CellProfiler measurements, raw (N, F) float64.
-    InputError: no table, a missing column (named), text in a feature column, or a model trained in DMSO sd of each plate
-    (--normalise plate-dmso) and a table that is not."""
+    """The model's features of a table of CellProfiler measurements, raw (N, F) float64, NaN = not given.
+    InputError: no table, a missing column (named; Sharp needs only one of them), text in a feature column, or a model
+    trained in DMSO sd of each plate (--normalise plate-dmso) and a table that is not."""
     if not hasattr(table, "columns"):
         raise InputError("expected a pandas table with CellProfiler's column names, "
                          f"found {type(table).__name__}; "
                          "prepare_bbbc021.read_table reads one")
     columns = set(table.columns)
     absent = [name for name in G.features if name not in columns]
-    if absent:
+    if absent and not (G.missing and len(absent) < len(G.features)):
         first = ", ".join(absent[:5])
         raise InputError(f"{len(absent)} of the model's {len(G.features)} features are not in the table, "
                          f"first: {first}; "
@@ -476,27 +667,34 @@ def table_values(G, table):
                          "give data.normalise_plates(table), "
                          "which needs columns plate and compound and each plate's DMSO rows")
     try:
-        values = table[G.features].to_numpy(dtype="float64")
+        there = [name for name in G.features if name in columns]
+        given_values = table[there].to_numpy(dtype="float64")
     except (TypeError, ValueError) as error:
         raise InputError(f"a feature column holds something that is no number ({error})") from None
-    return torch.tensor(values)
+    shape = len(table), len(G.features)
+    values = torch.full(shape, torch.nan, dtype=torch.float64)
+    places = [name in columns for name in G.features]
+    values[:, places] = torch.tensor(given_values)
+    return values
 
 
 def standardise_table(G, table):
     """The rows of a table (see table_values) -> (N, F) float32, as G was trained; warns of what was ignored, missing or
     clipped."""
     raw = table_values(G, table)
-    f = standardise(raw, G.centre, G.scale)
+    unknown = math.nan if G.missing else 0.0
+    f = standardise(raw, G.centre, G.scale, unknown)
     known = {*G.features, *ABOUT_A_CELL}
     extra = [str(name) for name in table.columns if name not in known]
     missing = int(raw.isnan().sum())
     clipped = int((f.abs() >= CLIP).sum())
     if extra or missing or clipped:
         first = ", ".join(extra[:3])
-        said = (f"generate: {len(extra)} columns ignored (first: {first}); "
-                f"{missing} missing values set to the mean; "
-                f"{clipped} values clipped to {CLIP:.0f} standard deviations")
-        warnings.warn(said, stacklevel=3)
+        fate = "left open" if G.missing else "set to the mean"
+        said = [f"generate: {len(extra)} columns ignored (first: {first})",
+                f"{missing} missing values {fate}",
+                f"{clipped} values clipped to {CLIP:.0f} standard deviations"]
+        warnings.warn("; ".join(said), stacklevel=3)
     return f
 
 
@@ -511,7 +709,8 @@ def generate(G, table, as_uint8=True, batch=None):
     f = standardise_table(G, table)
     if batch is None:
         batch = 32 if G.device.type == "cpu" else 1024  # 32: fits a CPU's cache
-    x = torch.empty(len(f), len(G.channels), G.size, G.size)
+    shape = len(f), len(G.channels), G.size, G.size
+    x = torch.empty(shape)
     for i in range(0, len(f), batch):
         part = f[i:i + batch].to(G.device)
         x[i:i + batch] = G(part)
@@ -537,7 +736,8 @@ def faster(net, example):
         module.__class__ = swaps.get(type(module), type(module))
     example = example.detach().cpu().double()
     try:
-        torch.testing.assert_close(answers(fast, example), answers(net, example), rtol=1e-6, atol=1e-9)
+        ours = answers(fast, example)
+        torch.testing.assert_close(ours, answers(net, example), rtol=1e-6, atol=1e-9)
     except Exception:  # they differ, or whatever a changed network raises in the fast form
         print(f"note   {type(net).__name__}: the fast layers are no longer the same function as the plain ones, "
               "which run instead")
@@ -639,7 +839,9 @@ class Normalise(torch.autograd.Function):
         per_channel = x.numel() / len(weight)
         scale = -weight * rstd / per_channel
         # by way of the moments
-        through = F.batch_norm(x, mean, var, scale * grad_weight, scale * grad_bias, False, 0.0, EPS)
+        slope = scale * grad_weight
+        shift = scale * grad_bias
+        through = F.batch_norm(x, mean, var, slope, shift, False, 0.0, EPS)
         if pooled is not None:
             return grad_weight, grad_bias, through, grad, grad_follow
         if grad is not None:
@@ -690,7 +892,8 @@ def phases(weight):
     Neighbouring taps then fall on the same pixel: at even places the five act as three, 0+1, 2+3, 4, at odd ones as 0,
     1+2, 3+4. The sums of 2x2 taps hold both: at odd places those of the even phase."""
     sums = F.avg_pool2d(weight, 2, 1, 1, divisor_override=1)  # (C, C_in, 6, 6)
-    taps = sums.unflatten(3, (3, 2)).unflatten(2, (3, 2))  # (C, C_in, 3, 2 rows, 3, 2 columns)
+    taps = sums.unflatten(3, (3, 2))
+    taps = taps.unflatten(2, (3, 2))  # (C, C_in, 3, 2 rows, 3, 2 columns)
     taps = taps.flip(3, 5)  # the even phase first
     taps = taps.permute(3, 5, 0, 1, 2, 4)  # (2 rows, 2 columns, C, C_in, 3, 3)
     return taps.flatten(0, 2)

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=4 -- train.py --data out/          # the `--` keeps --run from torchrun
 
 Reads the folder of prepare_bbbc021.py. Writes RUN/last.pt (all that resuming and drawing need), RUN/best.pt (the generator
-with the lowest validation pixel loss; not for GANs), RUN/log.csv, RUN/losses.png, RUN/args.json and RUN/samples/*.png.
+with the lowest validation pixel loss; not for Sharp and GANs), RUN/log.csv, RUN/losses.png, RUN/args.json and RUN/samples/*.png.
 Cost: see the README's speed table. The methods come first, one step each: a student changes the loss there.
 """
 import argparse
@@ -20,7 +20,7 @@ import signal
 import statistics
 import sys
 import time
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ import model
 
 VALIDATED = 512  # training and as many validation cells that the log's train_pix and val_pix are means over
 GANS = ("lsgan", "dcgan", "wgan")
+CRITICISED = ("sharp", *GANS)  # their batches are cells as they come; a pixel loss does not judge them
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -150,6 +151,138 @@ def terms_of(hidden=(), **terms):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Sharp's step, beyond the paper: a critic for texture, a regressor for obedience, measurements that may be missing
+
+# What people ask for alone: many training cells are told one of these and little else
+ASKED = (r"(Nuclei|Cells|Cytoplasm)_AreaShape_(Area|Eccentricity|FormFactor|InertiaTensor_0_1)|"
+         r"(Nuclei|Cells)_Intensity_(Mean|Std|Integrated)Intensity_\w+|"
+         r"Cells_RadialDistribution_MeanFrac_\w+_4of4")
+LIES = 0.4  # share of the cells told little that are asked for what they are not
+FAR = 3.0  # sd, how far from their own values
+REGRESSOR = 0.3  # of the steps, that many before them train it
+
+
+def hide(f, family, asked):
+    """What the generator is told of cells f (B, F), NaN = nothing, and what a critic may be told of the same cells.
+    The first half keep what they have, every other one without some of its families (F,). The others are told 1 to 4
+    measurements, three in four times of the places `asked`; some of them are asked for other values than their own:
+    of these the critic is told nothing, as no real cell has them."""
+    B, width = f.shape
+    half = B // 2
+    told = torch.full_like(f, torch.nan)
+    true = told.clone()
+    families = int(family.max()) + 1
+    for i in range(B):
+        chance = torch.rand(2)
+        if i < half:
+            hidden = chance[0] if i % 2 else 0.0                    # share of the families
+            kept = torch.rand(families) >= hidden
+            places = kept[family]
+        else:
+            choice = asked if chance[0] < 0.75 else torch.arange(width)
+            order = torch.randperm(len(choice))
+            few = torch.randint(1, 5, ())
+            places = choice[order[:few]]
+        told[i, places] = f[i, places]
+        if i >= half and chance[1] < LIES:
+            move = FAR * (2 * torch.rand(len(places)) - 1)
+            told[i, places] += move.to(f)
+        else:
+            true[i, places] = f[i, places]
+    return told, true
+
+
+def bands(x):
+    """How much detail of each size images (B, C, H, W) have: (B, C, 5) logarithms of the energy in a Laplacian pyramid."""
+    levels = []
+    for _ in range(5):
+        smaller = F.avg_pool2d(x, 2)
+        larger = F.interpolate(smaller, x.shape[2:], mode="bilinear")
+        energy = (x - larger).square().mean((2, 3))                 # (B, C)
+        levels.append((energy + 1e-6).log())
+        x = smaller
+    return torch.stack(levels, 2)
+
+
+def asked_loss(R, x_fake, told):
+    """How far what a Regressor reads in images is from what was asked for, told (B, F), NaN = nothing: squared, in sd."""
+    values, known = model.given(told)
+    trust = known * R.trust                                         # (B, F)
+    error = trust * (R(x_fake).float() - values).square()
+    each = error.sum(1) / trust.sum(1).clamp(min=0.1)               # (B,)
+    return each.mean()
+
+
+def sharp_step(G, D, opt_g, opt_d, f, x, x_real, weights, R, family, asked, adversarial_weight=0.5, pixel_weight=10.0,
+               hidden_weight=1.0, band_weight=0.3, asked_weight=4.0, weight_decay=0.0, amp=None, scaler=None):
+    """One step of Sharp; returns its terms for the log. f (B, F) and x (B, C, H, W) in 0..1 are the same cells, R is a trained
+    Regressor; family, asked: see hide. The first of `weights` fades the critic in."""
+    told, true = hide(f, family, asked)                             # (B, F), (B, F)
+    with autocast(x, amp):
+        x_fake = G(told)                                            # (B, C, H, W)
+        both = torch.cat([x, x_fake.detach()])
+        logit, _ = D(both, torch.cat([true, true]))                 # (2B,)
+    logit_real, logit_fake = logit.float().chunk(2)
+    loss_real = F.relu(1 - logit_real).mean()                       # hinge
+    loss_fake = F.relu(1 + logit_fake).mean()
+    loss_d = loss_real + loss_fake
+    update([(D, opt_d, loss_d)], weight_decay, scaler)
+
+    with autocast(x, amp):
+        logit, maps_fake = D(x_fake, true)
+        with torch.no_grad():
+            _, maps = D(x, true)
+        loss_asked = asked_loss(R, x_fake, told)                    # obedience, measured by a fixed network
+    loss_adv = -logit.float().mean()                                # texture
+
+    half = len(x) // 2                                              # only these were told what they look like
+    x, x_fake = x[:half], x_fake[:half].float()
+    loss_pix = (x - x_fake).square().mean()
+    loss_band = (bands(x) - bands(x_fake)).abs().mean()
+    loss_hidden = 0                                                 # of the maps' means: what, not where
+    for h, h_fake in zip(maps, maps_fake):
+        difference = (h - h_fake)[:half].float()
+        error = difference.mean((2, 3)).abs()                       # (B / 2, channels)
+        loss_hidden = loss_hidden + error.mean()
+
+    fade = weights[0].to(x)
+    loss_g = (pixel_weight * loss_pix + band_weight * loss_band + hidden_weight * loss_hidden
+              + asked_weight * loss_asked + adversarial_weight * fade * loss_adv)
+    update([(G, opt_g, loss_g)], weight_decay, scaler)
+    return terms_of(loss_d=loss_d, real=logit_real.mean(), fake=logit_fake.mean(), loss_asked=loss_asked,
+                    loss_band=loss_band, loss_maps=loss_hidden, loss_mse=loss_pix)
+
+
+def fit_regressor(R, cells, val_rows, steps, seed, batch=64):
+    """Trains R to read measurements in pictures; R.trust becomes what it explains of each in the validation cells, 0 to 1."""
+    R.train().requires_grad_(True)
+    steps = max(20, steps)
+    train_rows = cells.folder.rows("train")
+    opt = torch.optim.AdamW(R.parameters(), weight_decay=0.05)
+    rates = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps)
+    for step in range(steps):
+        torch.manual_seed(seed_of(seed, step, 9))
+        random = np.random.default_rng([seed, step, 9])
+        rows = random.choice(train_rows, batch)
+        f, x = cells.turned(rows, seed, step)
+        values, known = model.given(f)
+        loss = (known * (R(x) - values).square()).mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        rates.step()
+        if step % 100 == 0:
+            error = loss.item()
+            print(f"regressor step {step:5d}/{steps} | squared error {error:.3f}", flush=True)
+    R.eval().requires_grad_(False)
+    f, x = cells.features(val_rows), cells.images(val_rows)
+    error = (R(x) - f).square().mean(0)                             # (F,)
+    r2 = 1 - error / f.var(0).clamp(min=1e-6)
+    R.trust.copy_(r2.clamp(0, 1))
+    print(f"regressor: r2 in validation cells, median {R.trust.median().item():.2f}")
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The baselines' steps. Random numbers come from torch's generator, which the loop seeds by (seed, step, process)
 
 
@@ -243,8 +376,23 @@ CP2IMAGE = {
     "lr_decay": 1.0,
     "weight_decay": 1e-4,
     "spectral_norm": "on",
+    "image_norm": "cell-max",
+    "pixel_weight": 1.0,
+    "hidden_ramp": 2500,
+    "ema": 0.0,
 }
-GAN = {
+SHARP = CP2IMAGE | {
+    "steps": 4000,
+    "batch": 32,
+    "lr_g": 2.5e-4,
+    "lr_d": 5e-4,
+    "weight_decay": 0.0,
+    "image_norm": "percentile",
+    "pixel_weight": 10.0,
+    "hidden_ramp": 100,
+    "ema": 0.99,
+}
+GAN = CP2IMAGE | {
     "steps": 80_000,
     "batch": 64,
     "lr_g": 2e-4,
@@ -255,6 +403,7 @@ GAN = {
 }
 DEFAULTS = {
     "cp2image": CP2IMAGE,
+    "sharp": SHARP,
     "vae": CP2IMAGE | {"steps": 80_000, "spectral_norm": "off"},
     "vaeplus": CP2IMAGE | {"steps": 80_000, "spectral_norm": "off"},
     "lsgan": GAN,
@@ -263,10 +412,13 @@ DEFAULTS = {
 }
 
 
-def method(args):
+def method(args, guide):
     """The step of a model with its flags, a function of (G, D, opt_g, opt_d, f, x, x_real, weights); a student's own
-    model is trained CP2Image's way."""
+    model is trained CP2Image's way. guide: what Sharp's step needs besides."""
     metric = {"pixel_weight": args.pixel_weight, "hidden_weight": args.hidden_weight}
+    if args.model == "sharp":
+        return partial(sharp_step, **guide, **metric, band_weight=args.band_weight, asked_weight=args.asked_weight,
+                       adversarial_weight=args.adversarial_weight)
     if args.model in GANS:
         return partial(gan_step, kind=args.model)
     if args.model in ("vae", "vaeplus"):
@@ -275,9 +427,11 @@ def method(args):
 
 
 def optimisers(args, G, D, device):
-    """Adam for G and, as it ran, SGD with momentum for D (None: no D); the GANs have Adam for both. A CUDA graph wants
-    learning rates on the device."""
-    if args.model in GANS:
+    """Adam for G and, as it ran, SGD with momentum for D (None: no D); Sharp and the GANs have Adam for both. A CUDA graph
+    wants learning rates on the device."""
+    if args.model == "sharp":
+        adam = partial(torch.optim.Adam, betas=(0.0, 0.99), eps=1e-8)
+    elif args.model in GANS:
         adam = partial(torch.optim.Adam, betas=(0.5, 0.999), eps=1e-8, capturable=args.graph)
     else:
         adam = partial(torch.optim.Adam, betas=(0.9, 0.999), eps=1e-7, capturable=args.graph)
@@ -289,7 +443,7 @@ def optimisers(args, G, D, device):
     opt_g = adam(G.parameters(), lr=lr_g)
     if D is None:
         return opt_g, None
-    if args.model in GANS:
+    if args.model in CRITICISED:
         return opt_g, adam(D.parameters(), lr=lr_d)
     return opt_g, torch.optim.SGD(D.parameters(), lr_d, momentum=0.9, fused=args.graph)
 
@@ -350,6 +504,20 @@ class Batches:
     def features(self, rows):
         raw = self.take(self.raw, rows)
         return model.standardise(raw, self.centre, self.scale).to(self.device)
+
+    @cached_property
+    def turned_columns(self):
+        return data.turned_columns(self.folder.features)
+
+    def turned(self, rows, seed, step):
+        """Features (NaN: unknown in that position) and images of the cells, each flipped or turned by the seed and step."""
+        moves = np.random.default_rng([seed, step, 8]).integers(8, size=len(rows))
+        place, sign = self.turned_columns
+        raw = self.take(self.raw, rows)
+        raw = raw.gather(1, place[moves].to(raw.device))
+        raw = raw * sign[moves].to(raw)
+        f = model.standardise(raw, self.centre, self.scale, missing=np.nan)
+        return f.to(self.device), data.turn(self.images(rows), moves)
 
     def images(self, rows):
         patches = self.take(self.patches, rows).to(self.device)
@@ -581,7 +749,7 @@ def race(title, fast, plain, device, n, cells):
     print(f"bench  {title}: fast {ms[0]:.2f} ms ({rate:.0f} cells/s), plain {ms[1]:.2f} ms, {ratio:.2f} times as fast", flush=True)
 
 
-def bench(args, G, D, f, x, x_real, device, amp):
+def bench(args, guide, G, D, f, x, x_real, device, amp):
     """Prints how long a step (all hidden maps act) and drawing take: fast layers as the flags say, against plain ones in fp32."""
     weights = torch.ones(model.HIDDEN_MAPS)
     fast_G = faster(copy.deepcopy(G), f)
@@ -589,7 +757,7 @@ def bench(args, G, D, f, x, x_real, device, amp):
     steps = []
     for nets, precision in (((fast_G, fast_D), amp), ((G, D), None)):
         opts = optimisers(args, *nets, device)
-        step = partial(method(args), *nets, *opts, weight_decay=args.weight_decay, amp=precision)
+        step = partial(method(args, guide), *nets, *opts, weight_decay=args.weight_decay, amp=precision)
         if args.graph:
             step = Graphed(step)
             weights = weights.to(device)
@@ -618,6 +786,8 @@ def faster(net, example):
         return model.faster(net, example[:2].cpu())
     if isinstance(net, model.Discriminator):
         return model.faster(net, example[:4].cpu())
+    if isinstance(net, (model.SharpGenerator, model.SharpCritic)):
+        return net.to(memory_format=torch.channels_last)  # a third less time on a CPU
     return net
 
 
@@ -634,27 +804,30 @@ def parse(argv):
     add("--resume", action="store_true", help="go on from RUN/last.pt, on a CPU bit for bit")
     add("--model", default="cp2image", choices=model.KINDS,
         help="CP2Image (default), or a baseline, each with its authors' settings")
-    add("--steps", type=int, help="training steps (default 680000, as released; baselines 80000)")
+    add("--steps", type=int, help="training steps (default 680000, as released; sharp 4000, baselines 80000)")
     add("--batch", type=int, help="cells a step and process (default 0: one per treatment; GANs 64)")
     add("--lr-g", type=float, help="generator's learning rate, Adam (default 0.01, as it ran; GANs 2e-4)")
     add("--lr-d", type=float, help="discriminator's, SGD (default 0.001, as it ran; GANs Adam, 7e-5)")
     add("--lr-decay", type=float, help="both rates times this every 100 steps (default 1; GANs 0.9999)")
-    add("--pixel-weight", type=float, default=1.0, help="weight of the pixel loss (default 1)")
+    add("--pixel-weight", type=float, help="weight of the pixel loss (default 1; sharp, of its mean: 10)")
     add("--hidden-weight", type=float, default=1.0, help="weight of the learned metric (default 1; 0: none)")
-    add("--hidden-ramp", type=int, default=2500,
-        help="steps over which each hidden map fades in, one after the other (default 2500)")
+    add("--hidden-ramp", type=int,
+        help="steps over which each hidden map fades in, one after the other (default 2500; sharp's critic 100)")
+    add("--adversarial-weight", type=float, default=0.5, help="sharp: weight of the critic (default 0.5)")
+    add("--band-weight", type=float, default=0.3, help="sharp: weight of the detail of each size (default 0.3)")
+    add("--asked-weight", type=float, default=4.0, help="sharp: weight of obedience (default 4)")
     add("--weight-decay", type=float, help="share of each kernel taken off a step (default 1e-4; GANs 0)")
     add("--latent", type=int, default=256, help="VAE, VAEplus: size of the latent space (default 256)")
     add("--beta", type=float, default=2.0, help="VAE, VAEplus: weight of the KL divergence (default 2)")
     add("--spectral-norm", choices=["on", "off"], help="of D's kernels (default on; VAEplus off, GANs have none)")
     add("--order", choices=["shared", "alternate"], default="shared",
         help="one pass for both updates (released, default), or G, then D (text)")
-    add("--image-norm", choices=["cell-max", "percentile"], default="cell-max",
-        help="images by each cell's maximum (paper, default), or by one fixed level")
+    add("--image-norm", choices=["cell-max", "percentile"],
+        help="images by each cell's maximum (paper, default), or by one fixed level (sharp's default)")
     add("--layers", choices=["fast", "plain"], help="one function, two forms (default fast on a CPU)")
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default off; fp16: CUDA)")
     add("--graph", action="store_true", help="a step as one CUDA graph, on one GPU; never run on one yet")
-    add("--ema", type=float, default=0.0, metavar="DECAY", help="also keep averaged weights of G, e.g. 0.999")
+    add("--ema", type=float, metavar="DECAY", help="also keep averaged weights of G, e.g. 0.999 (sharp 0.99)")
     add("--device", default="auto", help="cuda, cuda:1, cpu, mps (default: cuda where there is one)")
     add("--seed", type=data.seed, default=0, help="of weights, batches and the cells shown (default 0)")
     add("--log-every", type=int, default=50, help="steps between log lines (default 50)")
@@ -694,10 +867,10 @@ def start_processes(args):
 
 
 def choose_sampler(args, folder):
-    """One training cell of each treatment a batch (CP2Image, VAEs), or cells as they come (GANs)."""
+    """One training cell of each treatment a batch (CP2Image, VAEs), or cells as they come (Sharp, GANs)."""
     train_rows = folder.rows("train")
     treatment = folder.treatment
-    if args.model in GANS:
+    if args.model in CRITICISED:
         treatment = np.zeros_like(treatment)
     sampler = data.TreatmentSampler(train_rows, treatment, args.batch)
     if sampler.batch < 8 and not args.batch:  # a few treatments make a batch that batch norm cannot use
@@ -705,6 +878,23 @@ def choose_sampler(args, folder):
     elif sampler.batch < 4:
         raise data.InputError(f"{args.data}: a batch of {sampler.batch}, batch norm needs at least 4 cells")
     return sampler
+
+
+def guide_sharp(args, folder, G, cells):
+    """What Sharp's step takes besides: R, an untrained Regressor; the family (F,) of each feature, by object and kind; the
+    places of those that are asked for alone. Sets G's principal axes."""
+    random = np.random.default_rng([args.seed, 6])
+    some = random.permutation(folder.rows("train"))[:20_000]
+    G.whiten(cells.features(some))
+    names = pd.Series(folder.features)
+    family, _ = pd.factorize(names.str.extract("([^_]+_[^_]+)")[0])
+    asked = np.flatnonzero(names.str.fullmatch(ASKED))
+    if not len(asked):
+        asked = np.arange(len(names))
+    R = model.Regressor(len(names), len(folder.channels), folder.size)
+    R = R.to(cells.device, memory_format=torch.channels_last)
+    R.eval().requires_grad_(False)
+    return {"R": R, "family": torch.tensor(family), "asked": torch.tensor(asked)}
 
 
 def choose_cells(folder, seed):
@@ -767,6 +957,8 @@ def main(argv=None):
     rank, world, device = start_processes(args)
     if device.type != "cuda" and (args.amp == "fp16" or args.graph):
         raise data.InputError("--amp fp16 and --graph need CUDA; use bf16 or off here")
+    if args.model == "sharp" and (args.amp == "fp16" or args.graph):
+        raise data.InputError("--model sharp: not with --amp fp16 or --graph; use bf16 or off")
     if device.type == "cpu":
         data.keep_freed_memory()
     if args.layers is None:
@@ -785,20 +977,21 @@ def main(argv=None):
     G, D = model.networks(args.model, *shape, spectral_norm, args.latent, args.seed)
     G = G.to(device)
     D = None if D is None else D.to(device)
-    if args.bench:
-        rows = sampler.draw(args.seed, 0, 0)
-        f, x = cells.features(rows), cells.images(rows)
-        bench(args, G, D, f, x, x.flip(0), device, amp)
-        return
     if args.layers == "fast":
         G = faster(G, cells.features(sampler.rows[:4]))
         D = faster(D, cells.images(sampler.rows[:4]))
+    guide = guide_sharp(args, folder, G, cells) if args.model == "sharp" else {}
+    if args.bench:
+        rows = sampler.draw(args.seed, 0, 0)
+        f, x = cells.features(rows), cells.images(rows)
+        bench(args, guide, G, D, f, x, x.flip(0), device, amp)
+        return
     G_ema = copy.deepcopy(G) if args.ema else None
     shown_G = G_ema if args.ema else G
     opt_g, opt_d = optimisers(args, G, D, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     numeric = {"weight_decay": args.weight_decay, "amp": amp, "scaler": scaler}
-    train_step = partial(method(args), G, D, opt_g, opt_d, **numeric)
+    train_step = partial(method(args, guide), G, D, opt_g, opt_d, **numeric)
     if args.graph:
         train_step = Graphed(train_step)
     if rank == 0:
@@ -807,12 +1000,15 @@ def main(argv=None):
     # The run's folder
     command = "python train.py " + shlex.join(argv or sys.argv[1:])
     about = describe(args, folder, world, command)
-    parts = {"G": G, "G_ema": G_ema, "D": D, "opt_g": opt_g, "opt_d": opt_d, "scaler": scaler}
+    R = guide.get("R")
+    parts = {"G": G, "G_ema": G_ema, "D": D, "R": R, "opt_g": opt_g, "opt_d": opt_d, "scaler": scaler}
     run = Run(args.run or f"runs/{args.model}-seed{args.seed}", about, parts)
     run.check(args.resume)
     step, best = 0, float("inf")
     if args.resume:
         step, best = run.restore(device if args.graph else "cpu")
+    elif R is not None:
+        fit_regressor(R, cells, checked["val"], int(REGRESSOR * args.steps), args.seed)
     if step >= args.steps:
         print(f"done   {run.path} has its {args.steps} steps; give a larger --steps to go on")
         return
@@ -840,6 +1036,8 @@ def main(argv=None):
             if args.graph:
                 weights = weights.to(device)
             f, x, x_real = cells.features(rows), cells.images(rows), cells.images(others)
+            if args.model == "sharp":
+                f, x = cells.turned(rows, args.seed, step)
             terms = train_step(f, x, x_real, weights)
             if args.ema:
                 follow(G_ema, G, args.ema)
@@ -855,7 +1053,7 @@ def main(argv=None):
             terms = finite(run, step, terms)
             cells_per_s = (step - since) * sampler.batch * world / (time.perf_counter() - tick)
             checks = {}
-            if do_val and args.model not in GANS:  # nothing that a free sample could be held against
+            if do_val and args.model not in CRITICISED:
                 for split, some in checked.items():
                     checks[f"{split}_pix"] = validate(shown_G, cells, some)
                 if checks["val_pix"] < best:
@@ -905,10 +1103,18 @@ def agreed(caught, world, device, step):
 
 
 def set_rates(args, step, *opts):
-    """The learning rates of this step: times --lr-decay every 100 steps."""
-    for opt, lr in zip(opts, (args.lr_g, args.lr_d)):
+    """The learning rates of this step: times --lr-decay every 100 steps. Sharp's fall to 5 % over the last 30 % of its steps,
+    and its generator starts four times as fast, after 50 steps of warming up, while there is no critic."""
+    decay = args.lr_decay ** (step // 100)
+    start = 1.0
+    if args.model == "sharp":
+        left = 1 - step / args.steps
+        decay *= min(1.0, max(0.05, left / 0.3))
+        if step < 2 * args.hidden_ramp:
+            start = 4 * min(1.0, (step + 1) / 50)
+    for opt, lr in zip(opts, (args.lr_g * start, args.lr_d)):
         for group in opt.param_groups if opt else ():
-            now = lr * args.lr_decay ** (step // 100)
+            now = lr * decay
             if torch.is_tensor(group["lr"]):
                 group["lr"].fill_(now)  # in place: a CUDA graph reads it there
             else:
