@@ -536,9 +536,13 @@ def turn(x, moves):
     columns; their sums do both. All flips and quarter turns of a picture."""
     moves = torch.as_tensor(moves, device=x.device)
     moves = moves[:, None, None, None]
-    x = torch.where(moves & 1 > 0, x.flip(2), x)
-    x = torch.where(moves & 2 > 0, x.flip(3), x)
-    return torch.where(moves & 4 > 0, x.mT, x)
+    down = moves & 1 > 0
+    across = moves & 2 > 0
+    swap = moves & 4 > 0
+    x = torch.where(down, x.flip(2), x)
+    x = torch.where(across, x.flip(3), x)
+    x = torch.where(swap, x.mT, x)
+    return x
 
 
 def turned_from(name, move):
@@ -559,7 +563,8 @@ def turned_from(name, move):
         q = int(moment[3])
         if swap:
             p, q = q, p
-        return f"{kind}_{p}_{q}", y ** p * x ** q
+        sign = y ** p * x ** q
+        return f"{kind}_{p}_{q}", sign
     if re.search("InertiaTensor_(0_1|1_0)", name):
         return name, x * y
     if swap and "InertiaTensor_0_0" in name:
@@ -573,7 +578,9 @@ def turned_from(name, move):
             direction = 4 - direction
         if swap and direction in (0, 2):
             direction = 2 - direction
-        return f"{texture[1]}_0{direction}_{texture[3]}", 1
+        kind = texture[1]
+        levels = texture[3]
+        return f"{kind}_0{direction}_{levels}", 1
     return name, 1
 
 

@@ -1,4 +1,4 @@
-"""CP2Image and its baselines: the networks, their losses, and what it takes to use a trained one. Needs nothing but torch: copy it out alone.
+"""CP2Image, Sharp and baselines: the networks, their losses, and what it takes to use a trained one. Needs torch alone: copy it out.
 
     G = model.load("runs/cp2image-seed0/last.pt")
     x = model.generate(G, table)            # table: a pandas frame of CellProfiler measurements, one row a cell
@@ -219,7 +219,8 @@ class Styled(nn.Module):
 
     def forward(self, h, w, grain=None):                                 # (B, c_in, h, h), (B, width)
         style = 1 + self.style(w)                                        # (B, c_in)
-        power = self.conv.weight.square().sum((2, 3))                    # (c_out, c_in)
+        weight = self.conv.weight                                        # (c_out, c_in, 3, 3)
+        power = weight.square().sum((2, 3))                              # (c_out, c_in)
         size = style.square() @ power.T                                  # (B, c_out)
         h = self.conv(h * pixelwise(style))                              # (B, c_out, h, h)
         h = h * pixelwise(size.rsqrt())
@@ -242,7 +243,11 @@ class SharpGenerator(nn.Module):
         self.start = math.ceil(size / 8)  # pixels, side of the first map
         coarse = 4 * self.start
         fine = 8 * self.start
-        self.parts = [MIXED, coarse ** 2, fine ** 2]  # of the noise
+        self.parts = [  # of the noise
+            MIXED,
+            coarse ** 2,
+            fine ** 2,
+        ]
         self.latent = sum(self.parts)
         components = min(COMPONENTS, n_features)
         self.register_buffer("axes", torch.zeros(n_features, components))  # set by `whiten`
@@ -275,7 +280,7 @@ class SharpGenerator(nn.Module):
         mixed, coarse, fine = z.split(self.parts, 1)
         coarse = square(coarse, 1)                                       # (B, 1, 36, 36)
         fine = square(fine, 1)                                           # (B, 1, 72, 72)
-        values, known = given(f)
+        values, known = given(f)                                         # (B, F), (B, F)
         components = values @ self.axes                                  # (B, components)
         inputs = torch.cat([values, known, components, mixed], 1)
         w = steep(self.read(inputs))                                     # (B, width)
@@ -314,7 +319,8 @@ class SharpCritic(nn.Module):
         h2 = steep(self.conv2(h1))                                       # (B, 192, 8, 8)
         h3 = steep(self.conv3(h2))                                       # (B, 192, 4, 4)
         h = steep(self.dense(h3.flatten(1)))                             # (B, width)
-        told = self.told(torch.cat(given(f), 1))                         # (B, width)
+        f = torch.cat(given(f), 1)                                       # (B, 2 F)
+        told = self.told(f)                                              # (B, width)
         real = self.last(h).flatten()                                    # (B,)
         fitting = (told * h).sum(1)                                      # (B,)
         return real + fitting, [h0, h1, h2, h3]
@@ -329,9 +335,9 @@ class Regressor(nn.Module):
         self.layers = nn.Sequential()
         widths = [n_channels, 32, 64, 128, 128]
         for c_in, c_out in zip(widths, widths[1:]):
-            self.layers.append(nn.Conv2d(c_in, c_out, 3, 2, padding=1))
-            self.layers.append(nn.BatchNorm2d(c_out))
-            self.layers.append(nn.ReLU())
+            layer = nn.Conv2d(c_in, c_out, 3, 2, padding=1)
+            norm = nn.BatchNorm2d(c_out)
+            self.layers.extend([layer, norm, nn.ReLU()])
         side = math.ceil(size / 16)
         self.dense = nn.Linear(128 * side ** 2, 256)
         self.last = nn.Linear(256, n_features)
@@ -656,7 +662,8 @@ def table_values(G, table):
                          "prepare_bbbc021.read_table reads one")
     columns = set(table.columns)
     absent = [name for name in G.features if name not in columns]
-    if absent and not (G.missing and len(absent) < len(G.features)):
+    enough = G.missing and len(absent) < len(G.features)
+    if absent and not enough:
         first = ", ".join(absent[:5])
         raise InputError(f"{len(absent)} of the model's {len(G.features)} features are not in the table, "
                          f"first: {first}; "

@@ -1,7 +1,7 @@
-"""Train CP2Image on a prepared folder: the generator learns to draw a cell from its CellProfiler measurements. Or a baseline.
+"""Train CP2Image (or Sharp, or a baseline) on a prepared folder: it learns to draw a cell from its CellProfiler measurements.
 
     python train.py --data out/ --steps 300
-    python train.py --data out/ --model vaeplus
+    python train.py --data out/ --model sharp                    # or vaeplus, lsgan, ...
     torchrun --nproc_per_node=4 -- train.py --data out/          # the `--` keeps --run from torchrun
 
 Reads the folder of prepare_bbbc021.py. Writes RUN/last.pt (all that resuming and drawing need), RUN/best.pt (the generator
@@ -208,13 +208,15 @@ def asked_loss(R, x_fake, told):
     """How far what a Regressor reads in images is from what was asked for, told (B, F), NaN = nothing: squared, in sd."""
     values, known = model.given(told)
     trust = known * R.trust                                         # (B, F)
-    error = trust * (R(x_fake).float() - values).square()
-    each = error.sum(1) / trust.sum(1).clamp(min=0.1)               # (B,)
-    return each.mean()
+    seen = R(x_fake).float()                                        # (B, F)
+    error = trust * (seen - values).square()
+    total = trust.sum(1).clamp(min=0.1)
+    return (error.sum(1) / total).mean()
 
 
-def sharp_step(G, D, opt_g, opt_d, f, x, x_real, weights, R, family, asked, adversarial_weight=0.5, pixel_weight=10.0,
-               hidden_weight=1.0, band_weight=0.3, asked_weight=4.0, weight_decay=0.0, amp=None, scaler=None):
+def sharp_step(G, D, opt_g, opt_d, f, x, x_real, weights, R, family, asked,
+               pixel_weight=20.0, hidden_weight=1.0, band_weight=0.3, asked_weight=4.0, adversarial_weight=0.5,
+               weight_decay=0.0, amp=None, scaler=None):
     """One step of Sharp; returns its terms for the log. f (B, F) and x (B, C, H, W) in 0..1 are the same cells, R is a trained
     Regressor; family, asked: see hide. The first of `weights` fades the critic in."""
     told, true = hide(f, family, asked)                             # (B, F), (B, F)
@@ -236,7 +238,8 @@ def sharp_step(G, D, opt_g, opt_d, f, x, x_real, weights, R, family, asked, adve
     loss_adv = -logit.float().mean()                                # texture
 
     half = len(x) // 2                                              # only these were told what they look like
-    x, x_fake = x[:half], x_fake[:half].float()
+    x = model.roots(x[:half])
+    x_fake = model.roots(x_fake[:half].float())
     loss_pix = (x - x_fake).square().mean()
     loss_band = (bands(x) - bands(x_fake)).abs().mean()
     loss_hidden = 0                                                 # of the maps' means: what, not where
@@ -246,8 +249,9 @@ def sharp_step(G, D, opt_g, opt_d, f, x, x_real, weights, R, family, asked, adve
         loss_hidden = loss_hidden + error.mean()
 
     fade = weights[0].to(x)
-    loss_g = (pixel_weight * loss_pix + band_weight * loss_band + hidden_weight * loss_hidden
-              + asked_weight * loss_asked + adversarial_weight * fade * loss_adv)
+    loss_g = pixel_weight * loss_pix + hidden_weight * loss_hidden + band_weight * loss_band
+    loss_g = loss_g + asked_weight * loss_asked
+    loss_g = loss_g + adversarial_weight * fade * loss_adv
     update([(G, opt_g, loss_g)], weight_decay, scaler)
     return terms_of(loss_d=loss_d, real=logit_real.mean(), fake=logit_fake.mean(), loss_asked=loss_asked,
                     loss_band=loss_band, loss_maps=loss_hidden, loss_mse=loss_pix)
@@ -259,7 +263,7 @@ def fit_regressor(R, cells, val_rows, steps, seed, batch=64):
     steps = max(20, steps)
     train_rows = cells.folder.rows("train")
     opt = torch.optim.AdamW(R.parameters(), weight_decay=0.05)
-    rates = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps)
+    rates = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, steps)  # up, then down to nothing
     for step in range(steps):
         torch.manual_seed(seed_of(seed, step, 9))
         random = np.random.default_rng([seed, step, 9])
@@ -382,13 +386,13 @@ CP2IMAGE = {
     "ema": 0.0,
 }
 SHARP = CP2IMAGE | {
-    "steps": 4000,
+    "steps": 3000,
     "batch": 32,
     "lr_g": 2.5e-4,
     "lr_d": 5e-4,
     "weight_decay": 0.0,
     "image_norm": "percentile",
-    "pixel_weight": 10.0,
+    "pixel_weight": 20.0,
     "hidden_ramp": 100,
     "ema": 0.99,
 }
@@ -417,8 +421,10 @@ def method(args, guide):
     model is trained CP2Image's way. guide: what Sharp's step needs besides."""
     metric = {"pixel_weight": args.pixel_weight, "hidden_weight": args.hidden_weight}
     if args.model == "sharp":
-        return partial(sharp_step, **guide, **metric, band_weight=args.band_weight, asked_weight=args.asked_weight,
-                       adversarial_weight=args.adversarial_weight)
+        metric["band_weight"] = args.band_weight
+        metric["asked_weight"] = args.asked_weight
+        metric["adversarial_weight"] = args.adversarial_weight
+        return partial(sharp_step, **guide, **metric)
     if args.model in GANS:
         return partial(gan_step, kind=args.model)
     if args.model in ("vae", "vaeplus"):
@@ -803,31 +809,41 @@ def parse(argv):
     add("--run", metavar="DIR", help="where the run is written (default runs/<model>-seed<seed>)")
     add("--resume", action="store_true", help="go on from RUN/last.pt, on a CPU bit for bit")
     add("--model", default="cp2image", choices=model.KINDS,
-        help="CP2Image (default), or a baseline, each with its authors' settings")
-    add("--steps", type=int, help="training steps (default 680000, as released; sharp 4000, baselines 80000)")
-    add("--batch", type=int, help="cells a step and process (default 0: one per treatment; GANs 64)")
-    add("--lr-g", type=float, help="generator's learning rate, Adam (default 0.01, as it ran; GANs 2e-4)")
-    add("--lr-d", type=float, help="discriminator's, SGD (default 0.001, as it ran; GANs Adam, 7e-5)")
+        help="CP2Image (default); sharp: texture, obedience, any measurements; or a baseline, with its authors' settings")
+    add("--steps", type=int,
+        help="training steps (default 680000, as released; sharp 3000, baselines 80000)")
+    add("--batch", type=int,
+        help="cells a step and process (default 0: one per treatment; sharp 32, GANs 64)")
+    add("--lr-g", type=float,
+        help="generator's learning rate, Adam (default 0.01, as it ran; sharp 2.5e-4, GANs 2e-4)")
+    add("--lr-d", type=float,
+        help="discriminator's, SGD (default 0.001, as it ran; Adam for sharp 5e-4, GANs 7e-5)")
     add("--lr-decay", type=float, help="both rates times this every 100 steps (default 1; GANs 0.9999)")
-    add("--pixel-weight", type=float, help="weight of the pixel loss (default 1; sharp, of its mean: 10)")
-    add("--hidden-weight", type=float, default=1.0, help="weight of the learned metric (default 1; 0: none)")
+    add("--pixel-weight", type=float, help="weight of the pixel loss (default 1; sharp, of its mean: 20)")
+    add("--hidden-weight", type=float, default=1.0,
+        help="weight of the learned metric (default 1; 0: none)")
     add("--hidden-ramp", type=int,
         help="steps over which each hidden map fades in, one after the other (default 2500; sharp's critic 100)")
     add("--adversarial-weight", type=float, default=0.5, help="sharp: weight of the critic (default 0.5)")
-    add("--band-weight", type=float, default=0.3, help="sharp: weight of the detail of each size (default 0.3)")
+    add("--band-weight", type=float, default=0.3,
+        help="sharp: weight of the detail of each size (default 0.3)")
     add("--asked-weight", type=float, default=4.0, help="sharp: weight of obedience (default 4)")
-    add("--weight-decay", type=float, help="share of each kernel taken off a step (default 1e-4; GANs 0)")
+    add("--weight-decay", type=float,
+        help="share of each kernel taken off a step (default 1e-4; sharp and GANs 0)")
     add("--latent", type=int, default=256, help="VAE, VAEplus: size of the latent space (default 256)")
     add("--beta", type=float, default=2.0, help="VAE, VAEplus: weight of the KL divergence (default 2)")
-    add("--spectral-norm", choices=["on", "off"], help="of D's kernels (default on; VAEplus off, GANs have none)")
+    add("--spectral-norm", choices=["on", "off"],
+        help="of D's kernels (default on; VAEplus off, GANs have none)")
     add("--order", choices=["shared", "alternate"], default="shared",
         help="one pass for both updates (released, default), or G, then D (text)")
     add("--image-norm", choices=["cell-max", "percentile"],
         help="images by each cell's maximum (paper, default), or by one fixed level (sharp's default)")
     add("--layers", choices=["fast", "plain"], help="one function, two forms (default fast on a CPU)")
-    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default off; fp16: CUDA)")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off",
+        help="mixed precision (default off; fp16: CUDA)")
     add("--graph", action="store_true", help="a step as one CUDA graph, on one GPU; never run on one yet")
-    add("--ema", type=float, metavar="DECAY", help="also keep averaged weights of G, e.g. 0.999 (sharp 0.99)")
+    add("--ema", type=float, metavar="DECAY",
+        help="also keep averaged weights of G, e.g. 0.999 (sharp 0.99)")
     add("--device", default="auto", help="cuda, cuda:1, cpu, mps (default: cuda where there is one)")
     add("--seed", type=data.seed, default=0, help="of weights, batches and the cells shown (default 0)")
     add("--log-every", type=int, default=50, help="steps between log lines (default 50)")
