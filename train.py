@@ -215,7 +215,7 @@ def asked_loss(R, x_fake, told):
 
 
 def sharp_step(G, D, opt_g, opt_d, f, x, x_real, weights, R, family, asked,
-               pixel_weight=20.0, hidden_weight=1.0, band_weight=0.3, asked_weight=4.0, adversarial_weight=0.5,
+               pixel_weight=20.0, hidden_weight=10.0, band_weight=0.3, asked_weight=4.0, adversarial_weight=0.5,
                weight_decay=0.0, amp=None, scaler=None):
     """One step of Sharp; returns its terms for the log. f (B, F) and x (B, C, H, W) in 0..1 are the same cells, R is a trained
     Regressor; family, asked: see hide. The first of `weights` fades the critic in."""
@@ -382,6 +382,7 @@ CP2IMAGE = {
     "spectral_norm": "on",
     "image_norm": "cell-max",
     "pixel_weight": 1.0,
+    "hidden_weight": 1.0,
     "hidden_ramp": 2500,
     "ema": 0.0,
 }
@@ -393,6 +394,7 @@ SHARP = CP2IMAGE | {
     "weight_decay": 0.0,
     "image_norm": "percentile",
     "pixel_weight": 20.0,
+    "hidden_weight": 10.0,
     "hidden_ramp": 100,
     "ema": 0.99,
 }
@@ -820,8 +822,8 @@ def parse(argv):
         help="discriminator's, SGD (default 0.001, as it ran; Adam for sharp 5e-4, GANs 7e-5)")
     add("--lr-decay", type=float, help="both rates times this every 100 steps (default 1; GANs 0.9999)")
     add("--pixel-weight", type=float, help="weight of the pixel loss (default 1; sharp, of its mean: 20)")
-    add("--hidden-weight", type=float, default=1.0,
-        help="weight of the learned metric (default 1; 0: none)")
+    add("--hidden-weight", type=float,
+        help="weight of the learned metric (default 1; 0: none; sharp, of its critic's maps: 10)")
     add("--hidden-ramp", type=int,
         help="steps over which each hidden map fades in, one after the other (default 2500; sharp's critic 100)")
     add("--adversarial-weight", type=float, default=0.5, help="sharp: weight of the critic (default 0.5)")
