@@ -1170,3 +1170,5 @@ if __name__ == "__main__":
         main()
     except (data.InputError, model.InputError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:  # before the loop, while nothing is there to save
+        sys.exit(130)
