@@ -23,7 +23,7 @@ import os
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from itertools import permutations, product
+from itertools import permutations
 from math import ceil, comb, inf, nan, pi, sqrt
 from pathlib import Path
 
@@ -590,11 +590,12 @@ def turned_columns(features):
     at = {name: j for j, name in enumerate(features)}
     place = torch.zeros(8, len(features), dtype=torch.int64)
     sign = torch.full((8, len(features)), nan)
-    for move, (j, name) in product(range(8), enumerate(features)):
-        source, its_sign = turned_from(name, move)
-        if source in at:
-            place[move, j] = at[source]
-            sign[move, j] = its_sign
+    for move in range(8):
+        for j, name in enumerate(features):
+            source, its_sign = turned_from(name, move)
+            if source in at:
+                place[move, j] = at[source]
+                sign[move, j] = its_sign
     return place, sign
 
 
