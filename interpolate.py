@@ -977,6 +977,8 @@ def parse(argv):
     command(latents, "the latent dimensions of a VAE or GAN, from -2 to 2 sd")
 
     args = parser.parse_args(argv)
+    if getattr(args, "pin", []) and args.edit != "free":
+        parser.error("--pin is for --edit free")
     if not args.data and not args.table:
         parser.error("expected --data DIR, or of a sweep --table FILE")
     return args

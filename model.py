@@ -181,7 +181,6 @@ def hidden_losses(maps, maps_fake, pixels):
 
 COMPONENTS = 100  # principal components of the measurements that are shown beside them
 MIXED = 32  # of the noise: values that change the cell as a whole; the others are grain, one a pixel
-GRAIN = (36, 72)  # pixels, sides of the maps that get grain
 
 
 def given(f):
@@ -521,7 +520,7 @@ def networks(kind, n_features, n_channels=3, size=SIZE, spectral_norm=True, late
 
 def draw(G, f, x, z):
     """What a generator draws of the same cells: from f (B, F) standardised, images x in 0..1 or noise z (B, latent)."""
-    if G.takes == "features" and z is not None and hasattr(G, "usual"):
+    if isinstance(G, SharpGenerator):
         return G(f, z)
     return G({"features": f, "images": x, "noise": z}[G.takes])
 

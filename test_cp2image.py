@@ -850,6 +850,15 @@ def test_run_of_a_baseline_resumes_and_draws(kind, folder_path, tmp_path):
     refuses(f"a {kind} draws from {G.takes}, not from measurements", model.generate, G, pd.DataFrame())
 
 
+@pytest.mark.parametrize("kind", ["cp2image", "sharp"])
+def test_run_of_bench_holds_fast_against_plain(kind, folder_path, monkeypatch):
+    """The networks that it is given are the plain ones: it makes the fast ones itself."""
+    found = []
+    monkeypatch.setattr(train, "bench", lambda args, guide, G, D, *_: found.extend([G, D]))
+    train.main(["--data", str(folder_path), "--model", kind, "--batch", "6", "--bench", "1", "--device", "cpu"])
+    assert [type(net).__name__ for net in found] == {"cp2image": ["Generator", "Discriminator"], "sharp": ["SharpGenerator", "SharpCritic"]}[kind]
+
+
 def test_run_of_sharp_resumes_and_draws_what_is_given(folder_path, tmp_path):
     """Its own settings; the regressor is kept for resuming; a table needs one column; what is not there is said."""
     state = resumes_exactly(folder_path, tmp_path, "--model", "sharp")

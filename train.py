@@ -169,8 +169,9 @@ def hide(f, family, asked):
     of these the critic is told nothing, as no real cell has them."""
     B, width = f.shape
     half = B // 2
-    told = torch.full_like(f, torch.nan)
-    true = told.clone()
+    keep = torch.zeros(B, width, dtype=torch.bool)
+    move = torch.zeros(B, width)
+    lied = torch.zeros(B, 1, dtype=torch.bool)
     families = int(family.max()) + 1
     for i in range(B):
         chance = torch.rand(2)
@@ -183,12 +184,13 @@ def hide(f, family, asked):
             order = torch.randperm(len(choice))
             few = torch.randint(1, 5, ())
             places = choice[order[:few]]
-        told[i, places] = f[i, places]
+        keep[i, places] = True
         if i >= half and chance[1] < LIES:
-            move = FAR * (2 * torch.rand(len(places)) - 1)
-            told[i, places] += move.to(f)
-        else:
-            true[i, places] = f[i, places]
+            lied[i] = True
+            move[i, places] = FAR * (2 * torch.rand(len(places)) - 1)
+    honest = keep & ~lied
+    told = torch.where(keep.to(f.device), f + move.to(f), torch.nan)
+    true = torch.where(honest.to(f.device), f, torch.nan)
     return told, true
 
 
@@ -220,6 +222,7 @@ def sharp_step(G, D, opt_g, opt_d, f, x, x_real, weights, R, family, asked,
     """One step of Sharp; returns its terms for the log. f (B, F) and x (B, C, H, W) in 0..1 are the same cells, R is a trained
     Regressor; family, asked: see hide. The first of `weights` fades the critic in."""
     told, true = hide(f, family, asked)                             # (B, F), (B, F)
+    half = len(x) // 2                                              # only these were told what they look like
     with autocast(x, amp):
         x_fake = G(told)                                            # (B, C, H, W)
         both = torch.cat([x, x_fake.detach()])
@@ -233,18 +236,17 @@ def sharp_step(G, D, opt_g, opt_d, f, x, x_real, weights, R, family, asked,
     with autocast(x, amp):
         logit, maps_fake = D(x_fake, true)
         with torch.no_grad():
-            _, maps = D(x, true)
+            _, maps = D(x[:half], true[:half])
         loss_asked = asked_loss(R, x_fake, told)                    # obedience, measured by a fixed network
     loss_adv = -logit.float().mean()                                # texture
 
-    half = len(x) // 2                                              # only these were told what they look like
     x = model.roots(x[:half])
     x_fake = model.roots(x_fake[:half].float())
     loss_pix = (x - x_fake).square().mean()
     loss_band = (bands(x) - bands(x_fake)).abs().mean()
     loss_hidden = 0                                                 # of the maps' means: what, not where
     for h, h_fake in zip(maps, maps_fake):
-        difference = (h - h_fake)[:half].float()
+        difference = (h - h_fake[:half]).float()
         error = difference.mean((2, 3)).abs()                       # (B / 2, channels)
         loss_hidden = loss_hidden + error.mean()
 
@@ -995,15 +997,15 @@ def main(argv=None):
     G, D = model.networks(args.model, *shape, spectral_norm, args.latent, args.seed)
     G = G.to(device)
     D = None if D is None else D.to(device)
-    if args.layers == "fast":
-        G = faster(G, cells.features(sampler.rows[:4]))
-        D = faster(D, cells.images(sampler.rows[:4]))
     guide = guide_sharp(args, folder, G, cells) if args.model == "sharp" else {}
     if args.bench:
         rows = sampler.draw(args.seed, 0, 0)
         f, x = cells.features(rows), cells.images(rows)
         bench(args, guide, G, D, f, x, x.flip(0), device, amp)
         return
+    if args.layers == "fast":
+        G = faster(G, cells.features(sampler.rows[:4]))
+        D = faster(D, cells.images(sampler.rows[:4]))
     G_ema = copy.deepcopy(G) if args.ema else None
     shown_G = G_ema if args.ema else G
     opt_g, opt_d = optimisers(args, G, D, device)
