@@ -533,8 +533,10 @@ def images_of(folder, rows, G):
     return data.scale_images(folder.images(rows), G.image_norm, G.white)                # (B, C, S, S) in 0..1
 
 
-def drawn(G, folder, rows, z, device):
-    """What G draws of the given cells, from their measurements, their pictures or noise z: (B, C, S, S) in 0..1, on the CPU."""
+def drawn(G, folder, rows, places, seed, device):
+    """What G draws of the given cells, from their measurements, their pictures or the noise of their places among all cells drawn:
+    (B, C, S, S) in 0..1, on the CPU."""
+    z = model.noise(G, places, seed)
     f = features_of(folder, rows).to(device)
     x = images_of(folder, rows, G).to(device)
     x_fake = model.draw(G, f, x, z.to(device))
@@ -579,13 +581,14 @@ def contestants(G, folder, rows, seed, device):
     some = np.random.default_rng([seed, 2]).permutation(train)[:2000]
     sample = images_of(folder, some, G)
     mean = sample.mean(0)
-    z = model.noise(G, len(rows), seed)
+    places = range(len(rows))
 
     def draw(who, i):
         if who == "generated":
-            return drawn(G, folder, rows[i], z[i], device)
+            return drawn(G, folder, rows[i], places[i], seed, device)
         if who == "free samples":
-            x = G.decode(z[i].to(device))
+            z = model.noise(G, places[i], seed)
+            x = G.decode(z.to(device))
             return x.clamp(0, 1).cpu()
         if who == "mean training image":
             return mean.expand(len(rows[i]), -1, -1, -1)
@@ -925,8 +928,7 @@ def draw_grid(out, folder, rows, runs, seed, device):
     for G in runs:
         name = f"{G.name}, free samples" if G.takes == "noise" else G.name
         if name not in pictures:
-            z = model.noise(G, len(rows), seed)
-            pictures[name] = drawn(G, folder, rows, z, device)
+            pictures[name] = drawn(G, folder, rows, range(len(rows)), seed, device)
     picture = data.tile([data.composite(x) for x in pictures.values()])
     data.write(out / "grid.png", Image.fromarray(picture).save)
     write_json(out / "grid.json", dict(rows=list(pictures), cells=list(folder.cells["cell"].iloc[rows])))

@@ -632,10 +632,14 @@ def load_metric(path, device="cpu"):
     return D.to(device).eval().requires_grad_(False)
 
 
-def noise(G, n, seed=0):
-    """n standard normal vectors (n, G.latent) by the seed, row by row: the first few do not depend on n."""
-    random = torch.Generator().manual_seed(seed)
-    rows = [torch.randn(G.latent, generator=random) for _ in range(n)]
+def noise(G, cells, seed=0):
+    """Standard normal vectors (n, G.latent) for n cells, or for some of them: range(256, 512). A cell's depends on the seed and
+    its own number alone."""
+    cells = range(cells) if isinstance(cells, int) else cells
+    rows = []
+    for i in cells:
+        random = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2 ** 32)
+        rows.append(torch.randn(G.latent, generator=random))
     return torch.stack(rows)
 
 
@@ -645,8 +649,9 @@ def sample(G, n, seed=0, batch=256):
     if G.takes == "features":
         raise InputError("this model draws cells from their measurements, not from noise; use generate")
     parts = []
-    for z in noise(G, n, seed).split(batch):
-        x = G.decode(z.to(G.device))
+    for start in range(0, n, batch):
+        some = range(start, min(n, start + batch))
+        x = G.decode(noise(G, some, seed).to(G.device))
         parts.append(x.clamp(0, 1).cpu())
     return torch.cat(parts)
 

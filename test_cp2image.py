@@ -927,6 +927,7 @@ def test_run_refuses_what_cannot_be(folder_path, run_path, tmp_path):
     base = ["--data", str(folder_path), "--device", "cpu", "--run", str(tmp_path / "none")]
     old = ["--run", str(run_path)]
     for argv, message in [
+    assert torch.equal(model.noise(G, 5, 1)[3:], model.noise(G, range(3, 5), 1)) and not torch.equal(*model.noise(G, 2))
             (["--data", str(tmp_path)], "not a prepared folder"), ([*base, *old], "there is a run already"),
             ([*base, "--resume"], "nothing to resume"), ([*base, "--device", "cuda:99"], "--device cuda:99: not on this machine"),
             ([*base, "--amp", "fp16"], "fp16.* need CUDA"), ([*base, *old, "--resume"], r"resumed with other settings: --batch 0 \(was 6\)")]:
