@@ -504,6 +504,19 @@ def test_network_in_bf16_is_the_same_step_roughly(layers):
         assert 0 < (rough - exact).norm() / exact.norm() < tolerance
 
 
+@torch.no_grad()
+def test_network_begins_grey():
+    """As released, the first pictures are about half below 0, where the last leaky ReLU passes a hundredth of a gradient; begun grey,
+    next to nothing is, and the fast layers begin the same."""
+    torch.manual_seed(0)
+    G, f = model.Generator(28), torch.randn(20, 28)
+    assert (G(f) < 0).float().mean() > 0.4
+    G.begin_grey()
+    x = G(f)
+    assert (x < 0).float().mean() < 0.05 and x.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert torch.allclose(model.faster(G, f)(f), x, atol=1e-4)
+
+
 def test_network_of_sharp_takes_what_is_given():
     """NaN is not the mean; noise acts through its grain once that has strength; without noise every cell has the same; the kernels' size is
     divided out; counts at the real table's width."""
@@ -940,6 +953,7 @@ def test_run_refuses_to_resume_another(folder_path, run_path, tmp_path):
     shutil.copytree(folder_path, folder)
     meta = (folder / "meta.json").read_text(encoding="utf-8")
     (folder / "meta.json").write_text(re.sub(r'("cells.csv": ")\w', r"\1x", meta), encoding="utf-8")
+    refuses("--begin grey is for cp2image, not for sharp", run_train, folder_path, tmp_path / "grey", "--model", "sharp", "--begin", "grey")
     again = ["--ema", "0.5", "--resume"]
     refuses("trained on another prepared folder", run_train, folder, run, *again)
     (run / "last.pt").write_bytes((run_path / "last.pt").read_bytes()[:5000])

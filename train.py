@@ -891,6 +891,8 @@ def choose_sampler(args, folder):
     train_rows = folder.rows("train")
     treatment = folder.treatment
     if args.model in CRITICISED:
+    add("--begin", choices=["released", "grey"], default="released",
+        help="CP2Image's first pictures: around 0 (released, default), or grey: no black holes after short runs")
         treatment = np.zeros_like(treatment)
     sampler = data.TreatmentSampler(train_rows, treatment, args.batch)
     if sampler.batch < 8 and not args.batch:  # a few treatments make a batch that batch norm cannot use
@@ -945,12 +947,25 @@ def announce(args, folder, sampler, G, D, device, world):
 
 
 # Flags that a resumed run may change
-MAY_DIFFER = "steps run resume data device layers bench log_every sample_every val_every save_every".split()
+MAY_DIFFER = "steps run resume data begin device layers bench log_every sample_every val_every save_every".split()
 
 
 def describe(args, folder, world, command):
     """What a checkpoint says of itself, beside its weights; `settings`: the flags that a resumed run must share."""
     settings = {}
+def networks(args, folder, device):
+    """The generator and the discriminator (None: it has none), as the flags say, on the device."""
+    shape = len(folder.features), len(folder.channels), folder.size
+    spectral_norm = args.spectral_norm == "on"
+    G, D = model.networks(args.model, *shape, spectral_norm, args.latent, args.seed)
+    if args.begin == "grey":
+        if not isinstance(G, model.Generator):
+            raise data.InputError(f"--begin grey is for cp2image, not for {args.model}")
+        G.begin_grey()
+    D = None if D is None else D.to(device)
+    return G.to(device), D
+
+
     for name, value in vars(args).items():
         if name not in MAY_DIFFER:
             settings[name] = value
@@ -992,11 +1007,7 @@ def main(argv=None):
     shown, checked = choose_cells(folder, args.seed)
 
     # The networks and their optimisers
-    shape = len(folder.features), len(folder.channels), folder.size
-    spectral_norm = args.spectral_norm == "on"
-    G, D = model.networks(args.model, *shape, spectral_norm, args.latent, args.seed)
-    G = G.to(device)
-    D = None if D is None else D.to(device)
+    G, D = networks(args, folder, device)
     guide = guide_sharp(args, folder, G, cells) if args.model == "sharp" else {}
     if args.bench:
         rows = sampler.draw(args.seed, 0, 0)
