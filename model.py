@@ -263,9 +263,12 @@ class SharpGenerator(nn.Module):
         self.first = nn.Linear(width, 64 * self.start ** 2)
         self.conv0 = Styled(64, 64, width)
         self.conv1 = Styled(64, 64, width)
-        self.conv2 = Styled(64, 48, width)
-        self.conv3 = Styled(48, 32, width)
-        self.out = nn.Conv2d(32, n_channels, 1)
+        self.conv2 = Styled(64, 64, width)
+        self.conv3 = Styled(64, 32, width)
+        self.conv4 = Styled(32, 24, width)
+        self.out1 = nn.Conv2d(64, n_channels, 1)
+        self.out3 = nn.Conv2d(32, n_channels, 1)
+        self.out4 = nn.Conv2d(24, n_channels, 1)
 
     def whiten(self, f):
         """Sets the principal axes, those of measurements f (N, n_features); a component has sd 2 among them."""
@@ -293,9 +296,12 @@ class SharpGenerator(nn.Module):
         h = square(self.first(w), 64)                                    # (B, 64, 9, 9)
         h = self.conv0(h, w)
         h = self.conv1(double(h), w)                                     # (B, 64, 18, 18)
-        h = self.conv2(double(h), w, coarse)                             # (B, 48, 36, 36)
-        h = self.conv3(double(h), w, fine)                               # (B, 32, 72, 72)
-        x = self.out(h).sigmoid()                                        # (B, C, 72, 72)
+        x = double(self.out1(h))                                         # (B, C, 36, 36): each size adds its part
+        h = self.conv2(double(h), w, coarse)                             # (B, 64, 36, 36)
+        h = self.conv3(h, w)                                             # (B, 32, 36, 36)
+        x = double(x + self.out3(h))                                     # (B, C, 72, 72)
+        h = self.conv4(double(h), w, fine)                               # (B, 24, 72, 72)
+        x = (x + self.out4(h)).sigmoid()                                 # (B, C, 72, 72)
         cut = (x.shape[3] - self.size) // 2
         inside = slice(cut, cut + self.size)
         return x[:, :, inside, inside]                                   # (B, C, 68, 68)
@@ -332,8 +338,8 @@ class SharpCritic(nn.Module):
 
 
 class Regressor(nn.Module):
-    """Images (B, n_channels, size, size) in 0..1 -> measurements (B, n_features), standardised: trained first, then fixed, it
-    tells the generator what it was asked for. It never judges. `trust` (n_features,): its r2 in cells that it did not see."""
+    """Images (B, n_channels, size, size) in 0..1 -> measurements (B, n_features), standardised: trained first, it tells the
+    generator what it was asked for. It never judges. `trust` (n_features,): its r2 in cells that it did not see."""
 
     def __init__(self, n_features, n_channels=3, size=SIZE):
         super().__init__()

@@ -164,19 +164,19 @@ REGRESSOR = 0.3  # of the steps, that many before them train it
 
 def hide(f, family, asked):
     """What the generator is told of cells f (B, F), NaN = nothing, and what a critic may be told of the same cells.
-    The first half keep what they have, every other one without some of its families (F,). The others are told 1 to 4
+    Three quarters keep what they have, every third of them without some of its families (F,). The others are told 1 to 4
     measurements, three in four times of the places `asked`; some of them are asked for other values than their own:
     of these the critic is told nothing, as no real cell has them."""
     B, width = f.shape
-    half = B // 2
+    most = 3 * B // 4
     keep = torch.zeros(B, width, dtype=torch.bool)
     move = torch.zeros(B, width)
     lied = torch.zeros(B, 1, dtype=torch.bool)
     families = int(family.max()) + 1
     for i in range(B):
         chance = torch.rand(2)
-        if i < half:
-            hidden = chance[0] if i % 2 else 0.0                    # share of the families
+        if i < most:
+            hidden = chance[0] if i % 3 == 1 else 0.0               # share of the families
             kept = torch.rand(families) >= hidden
             places = kept[family]
         else:
@@ -185,7 +185,7 @@ def hide(f, family, asked):
             few = torch.randint(1, 5, ())
             places = choice[order[:few]]
         keep[i, places] = True
-        if i >= half and chance[1] < LIES:
+        if i >= most and chance[1] < LIES:
             lied[i] = True
             move[i, places] = FAR * (2 * torch.rand(len(places)) - 1)
     honest = keep & ~lied
@@ -195,9 +195,10 @@ def hide(f, family, asked):
 
 
 def bands(x):
-    """How much detail of each size images (B, C, H, W) have: (B, C, 5) logarithms of the energy in a Laplacian pyramid."""
+    """How much fine detail images (B, C, H, W) have: (B, C, 2) logarithms of the energy in the first levels of a Laplacian pyramid.
+    More levels would be met by blotches."""
     levels = []
-    for _ in range(5):
+    for _ in range(2):
         smaller = F.avg_pool2d(x, 2)
         larger = F.interpolate(smaller, x.shape[2:], mode="bilinear")
         energy = (x - larger).square().mean((2, 3))                 # (B, C)
@@ -206,23 +207,30 @@ def bands(x):
     return torch.stack(levels, 2)
 
 
+def squared(error):
+    """error ** 2, beyond 2 as steep as there (Huber)."""
+    return 2 * F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=2.0)
+
+
 def asked_loss(R, x_fake, told):
-    """How far what a Regressor reads in images is from what was asked for, told (B, F), NaN = nothing: squared, in sd."""
+    """How far what a Regressor reads in images is from what was asked for, told (B, F), NaN = nothing: squared, in sd; beyond
+    2 sd it grows in proportion, as one wild reading shall not outvote a batch."""
     values, known = model.given(told)
     trust = known * R.trust                                         # (B, F)
     seen = R(x_fake).float()                                        # (B, F)
-    error = trust * (seen - values).square()
+    error = trust * squared(seen - values)
     total = trust.sum(1).clamp(min=0.1)
     return (error.sum(1) / total).mean()
 
 
-def sharp_step(G, D, opt_g, opt_d, f, x, x_real, weights, R, family, asked,
+def sharp_step(G, D, opt_g, opt_d, f, x, x_real, weights, R, opt_r, look, family, asked,
                pixel_weight=20.0, hidden_weight=10.0, band_weight=0.3, asked_weight=4.0, adversarial_weight=0.5,
                weight_decay=0.0, amp=None, scaler=None):
     """One step of Sharp; returns its terms for the log. f (B, F) and x (B, C, H, W) in 0..1 are the same cells, R is a trained
-    Regressor; family, asked: see hide. The first of `weights` fades the critic in."""
+    Regressor that goes on learning from `look`: what is measured in images (b, C, H, W), (b, F), NaN = nothing; family, asked: see
+    hide. The first of `weights` fades the critic in."""
     told, true = hide(f, family, asked)                             # (B, F), (B, F)
-    half = len(x) // 2                                              # only these were told what they look like
+    most = 3 * len(x) // 4                                          # only these were told what they look like
     with autocast(x, amp):
         x_fake = G(told)                                            # (B, C, H, W)
         both = torch.cat([x, x_fake.detach()])
@@ -236,18 +244,18 @@ def sharp_step(G, D, opt_g, opt_d, f, x, x_real, weights, R, family, asked,
     with autocast(x, amp):
         logit, maps_fake = D(x_fake, true)
         with torch.no_grad():
-            _, maps = D(x[:half], true[:half])
+            _, maps = D(x[:most], true[:most])
         loss_asked = asked_loss(R, x_fake, told)                    # obedience, measured by a fixed network
     loss_adv = -logit.float().mean()                                # texture
 
-    x = model.roots(x[:half])
-    x_fake = model.roots(x_fake[:half].float())
-    loss_pix = (x - x_fake).square().mean()
-    loss_band = (bands(x) - bands(x_fake)).abs().mean()
+    root = model.roots(x[:most])
+    root_fake = model.roots(x_fake[:most].float())
+    loss_pix = (root - root_fake).square().mean()
+    loss_band = (bands(root) - bands(root_fake)).abs().mean()
     loss_hidden = 0                                                 # of the maps' means: what, not where
     for h, h_fake in zip(maps, maps_fake):
-        difference = (h - h_fake[:half]).float()
-        error = difference.mean((2, 3)).abs()                       # (B / 2, channels)
+        difference = (h - h_fake[:most]).float()
+        error = difference.mean((2, 3)).abs()                       # (3 B / 4, channels)
         loss_hidden = loss_hidden + error.mean()
 
     fade = weights[0].to(x)
@@ -255,13 +263,26 @@ def sharp_step(G, D, opt_g, opt_d, f, x, x_real, weights, R, family, asked,
     loss_g = loss_g + asked_weight * loss_asked
     loss_g = loss_g + adversarial_weight * fade * loss_adv
     update([(G, opt_g, loss_g)], weight_decay, scaler)
+
+    some = slice(None, None, 4)                                     # obedience to one that does not look can be feigned
+    x_seen = torch.cat([x[some], x_fake[some].detach().float()])
+    f_seen = torch.cat([f[some], look(x_fake[some])])
+    loss_r = reading_loss(R, x_seen, f_seen)
+    update([(R, opt_r, loss_r)])
     return terms_of(loss_d=loss_d, real=logit_real.mean(), fake=logit_fake.mean(), loss_asked=loss_asked,
-                    loss_band=loss_band, loss_maps=loss_hidden, loss_mse=loss_pix)
+                    loss_band=loss_band, loss_maps=loss_hidden, loss_mse=loss_pix, loss_r=loss_r)
+
+
+def reading_loss(R, x, f):
+    """How far what R reads in images x (B, C, H, W) is from f (B, F), NaN = unknown, of the same cells, in squared sd."""
+    values, known = model.given(f)
+    error = known * squared(R(x) - values)
+    return error.mean()
 
 
 def fit_regressor(R, cells, val_rows, steps, seed, batch=64):
     """Trains R to read measurements in pictures; R.trust becomes what it explains of each in the validation cells, 0 to 1."""
-    R.train().requires_grad_(True)
+    R.train()
     steps = max(20, steps)
     train_rows = cells.folder.rows("train")
     opt = torch.optim.AdamW(R.parameters(), weight_decay=0.05)
@@ -271,8 +292,7 @@ def fit_regressor(R, cells, val_rows, steps, seed, batch=64):
         random = np.random.default_rng([seed, step, 9])
         rows = random.choice(train_rows, batch)
         f, x = cells.turned(rows, seed, step)
-        values, known = model.given(f)
-        loss = (known * (R(x) - values).square()).mean()
+        loss = reading_loss(R, x, f)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -280,9 +300,10 @@ def fit_regressor(R, cells, val_rows, steps, seed, batch=64):
         if step % 100 == 0:
             error = loss.item()
             print(f"regressor step {step:5d}/{steps} | squared error {error:.3f}", flush=True)
-    R.eval().requires_grad_(False)
+    R.eval()  # its norms stay as they are from now on
     f, x = cells.features(val_rows), cells.images(val_rows)
-    error = (R(x) - f).square().mean(0)                             # (F,)
+    with torch.no_grad():
+        error = (R(x) - f).square().mean(0)                         # (F,)
     r2 = 1 - error / f.var(0).clamp(min=1e-6)
     R.trust.copy_(r2.clamp(0, 1))
     print(f"regressor: r2 in validation cells, median {R.trust.median().item():.2f}")
@@ -533,6 +554,36 @@ class Batches:
         patches = self.take(self.patches, rows).to(self.device)
         intensity = (patches.int() & 0xFFFF).float()  # back to 0..65535
         return data.scale_images(intensity, self.image_norm, self.folder.white)
+
+
+class Look:
+    """What the measuring engine finds in images (B, C, H, W) in 0..1: (B, F), standardised, NaN = nothing. In real training cells
+    it is compared with their table once: a constant difference is taken off, and a feature that it sees otherwise (r under 0.9,
+    as brightness where each image has its own scale) is not looked at. It knows images of three channels only."""
+
+    def __init__(self, cells, seed):
+        self.cells = cells
+        folder = cells.folder
+        self.white = folder.white if cells.image_norm == "percentile" else None
+        self.offset = torch.zeros(len(folder.features))
+        random = np.random.default_rng([seed, 5])
+        some = random.permutation(folder.rows("train"))[:512]
+        f = cells.features(some).cpu()
+        seen = self(cells.images(some)).cpu()
+        r = pd.DataFrame(seen.numpy()).corrwith(pd.DataFrame(f.numpy()))
+        agrees = torch.tensor(r.to_numpy() > 0.9)
+        offset = (seen - f).nanmedian(0).values
+        self.offset = torch.where(agrees, offset, torch.nan)
+
+    def __call__(self, x):
+        folder = self.cells.folder
+        raw = torch.full((len(x), len(folder.features)), torch.nan)
+        if len(folder.channels) == 3:
+            table = data.measurements(x.detach().float().cpu(), folder.channels, self.white)
+            table = table.reindex(columns=folder.features)
+            raw = torch.from_numpy(table.to_numpy(np.float32))
+        f = model.standardise(raw, folder.centre, folder.scale, missing=np.nan)
+        return (f - self.offset).to(x.device)
 
 
 class Graphed:
@@ -830,7 +881,7 @@ def parse(argv):
         help="steps over which each hidden map fades in, one after the other (default 2500; sharp's critic 100)")
     add("--adversarial-weight", type=float, default=0.5, help="sharp: weight of the critic (default 0.5)")
     add("--band-weight", type=float, default=0.3,
-        help="sharp: weight of the detail of each size (default 0.3)")
+        help="sharp: weight of how much fine detail there is (default 0.3)")
     add("--asked-weight", type=float, default=4.0, help="sharp: weight of obedience (default 4)")
     add("--weight-decay", type=float,
         help="share of each kernel taken off a step (default 1e-4; sharp and GANs 0)")
@@ -840,6 +891,8 @@ def parse(argv):
         help="of D's kernels (default on; VAEplus off, GANs have none)")
     add("--order", choices=["shared", "alternate"], default="shared",
         help="one pass for both updates (released, default), or G, then D (text)")
+    add("--begin", choices=["released", "grey"], default="released",
+        help="CP2Image's first pictures: around 0 (released, default), or grey: no black holes after short runs")
     add("--image-norm", choices=["cell-max", "percentile"],
         help="images by each cell's maximum (paper, default), or by one fixed level (sharp's default)")
     add("--layers", choices=["fast", "plain"], help="one function, two forms (default fast on a CPU)")
@@ -891,8 +944,6 @@ def choose_sampler(args, folder):
     train_rows = folder.rows("train")
     treatment = folder.treatment
     if args.model in CRITICISED:
-    add("--begin", choices=["released", "grey"], default="released",
-        help="CP2Image's first pictures: around 0 (released, default), or grey: no black holes after short runs")
         treatment = np.zeros_like(treatment)
     sampler = data.TreatmentSampler(train_rows, treatment, args.batch)
     if sampler.batch < 8 and not args.batch:  # a few treatments make a batch that batch norm cannot use
@@ -902,9 +953,22 @@ def choose_sampler(args, folder):
     return sampler
 
 
+def networks(args, folder, device):
+    """The generator and the discriminator (None: it has none), as the flags say, on the device."""
+    shape = len(folder.features), len(folder.channels), folder.size
+    spectral_norm = args.spectral_norm == "on"
+    G, D = model.networks(args.model, *shape, spectral_norm, args.latent, args.seed)
+    if args.begin == "grey":
+        if not isinstance(G, model.Generator):
+            raise data.InputError(f"--begin grey is for cp2image, not for {args.model}")
+        G.begin_grey()
+    D = None if D is None else D.to(device)
+    return G.to(device), D
+
+
 def guide_sharp(args, folder, G, cells):
-    """What Sharp's step takes besides: R, an untrained Regressor; the family (F,) of each feature, by object and kind; the
-    places of those that are asked for alone. Sets G's principal axes."""
+    """What Sharp's step takes besides: R, an untrained Regressor, and its optimiser; the engine's look; the family (F,) of each
+    feature, by object and kind; the places of those that are asked for alone. Sets G's principal axes."""
     random = np.random.default_rng([args.seed, 6])
     some = random.permutation(folder.rows("train"))[:20_000]
     G.whiten(cells.features(some))
@@ -914,9 +978,15 @@ def guide_sharp(args, folder, G, cells):
     if not len(asked):
         asked = np.arange(len(names))
     R = model.Regressor(len(names), len(folder.channels), folder.size)
-    R = R.to(cells.device, memory_format=torch.channels_last)
-    R.eval().requires_grad_(False)
-    return {"R": R, "family": torch.tensor(family), "asked": torch.tensor(asked)}
+    R = R.to(cells.device, memory_format=torch.channels_last).eval()
+    opt_r = torch.optim.AdamW(R.parameters(), 5e-4, (0.9, 0.99))
+    return {
+        "R": R,
+        "opt_r": opt_r,
+        "look": Look(cells, args.seed),
+        "family": torch.tensor(family),
+        "asked": torch.tensor(asked),
+    }
 
 
 def choose_cells(folder, seed):
@@ -953,19 +1023,6 @@ MAY_DIFFER = "steps run resume data begin device layers bench log_every sample_e
 def describe(args, folder, world, command):
     """What a checkpoint says of itself, beside its weights; `settings`: the flags that a resumed run must share."""
     settings = {}
-def networks(args, folder, device):
-    """The generator and the discriminator (None: it has none), as the flags say, on the device."""
-    shape = len(folder.features), len(folder.channels), folder.size
-    spectral_norm = args.spectral_norm == "on"
-    G, D = model.networks(args.model, *shape, spectral_norm, args.latent, args.seed)
-    if args.begin == "grey":
-        if not isinstance(G, model.Generator):
-            raise data.InputError(f"--begin grey is for cp2image, not for {args.model}")
-        G.begin_grey()
-    D = None if D is None else D.to(device)
-    return G.to(device), D
-
-
     for name, value in vars(args).items():
         if name not in MAY_DIFFER:
             settings[name] = value
@@ -1032,7 +1089,9 @@ def main(argv=None):
     command = "python train.py " + shlex.join(argv or sys.argv[1:])
     about = describe(args, folder, world, command)
     R = guide.get("R")
-    parts = {"G": G, "G_ema": G_ema, "D": D, "R": R, "opt_g": opt_g, "opt_d": opt_d, "scaler": scaler}
+    opt_r = guide.get("opt_r")
+    nets = {"G": G, "G_ema": G_ema, "D": D, "R": R}
+    parts = nets | {"opt_g": opt_g, "opt_d": opt_d, "opt_r": opt_r, "scaler": scaler}
     run = Run(args.run or f"runs/{args.model}-seed{args.seed}", about, parts)
     run.check(args.resume)
     step, best = 0, float("inf")
