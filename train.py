@@ -283,6 +283,7 @@ def reading_loss(R, x, f):
 def fit_regressor(R, cells, val_rows, steps, seed, batch=64):
     """Trains R to read measurements in pictures; R.trust becomes what it explains of each in the validation cells, 0 to 1."""
     R.train()
+    speaks = not dist.is_initialized() or dist.get_rank() == 0
     steps = max(20, steps)
     train_rows = cells.folder.rows("train")
     opt = torch.optim.AdamW(R.parameters(), weight_decay=0.05)
@@ -297,7 +298,7 @@ def fit_regressor(R, cells, val_rows, steps, seed, batch=64):
         loss.backward()
         opt.step()
         rates.step()
-        if step % 100 == 0:
+        if speaks and step % 100 == 0:
             error = loss.item()
             print(f"regressor step {step:5d}/{steps} | squared error {error:.3f}", flush=True)
     R.eval()  # its norms stay as they are from now on
@@ -306,7 +307,8 @@ def fit_regressor(R, cells, val_rows, steps, seed, batch=64):
         error = (R(x) - f).square().mean(0)                         # (F,)
     r2 = 1 - error / f.var(0).clamp(min=1e-6)
     R.trust.copy_(r2.clamp(0, 1))
-    print(f"regressor: r2 in validation cells, median {R.trust.median().item():.2f}")
+    if speaks:
+        print(f"regressor: r2 in validation cells, median {R.trust.median().item():.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------
