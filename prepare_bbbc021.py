@@ -1243,7 +1243,7 @@ def in_chunks(rows, size=CHUNK):
 
 def split_cells(cells, by, seed):
     """A split for each cell, no group on both sides: groups are shuffled by the seed and go to the split furthest below its share.
-    `by`: cell (the paper, whose neighbours in a field then stand on both sides), field, well, plate or compound. A group with over
+    `by`: cell (the paper, whose neighbours in a field then stand on both sides), field, well, plate, compound or moa. A group with over
     10 % of all cells always trains. Returns (N,) names; InputError where a split would be empty."""
     unit = ["plate", "well"] if by == "well" else by
     group = cells.groupby(unit, sort=False).ngroup()
@@ -1560,7 +1560,7 @@ def parse(argv):
         help="drop features that are identical to an earlier one")
     add("--normalise", choices=["train", "plate-dmso"], default="train",
         help="features as measured, or in standard deviations of the DMSO cells of their own plate")
-    add("--split", choices=["cell", "field", "well", "plate", "compound"], default="cell",
+    add("--split", choices=["cell", "field", "well", "plate", "compound", "moa"], default="cell",
         help="unit that never stands in two splits (default cell, the paper)")
     add("--exclude", metavar="FILE",
         help="CSV of what to leave out: columns of cells.csv, a row for each combination. In BBBC021 taxol "

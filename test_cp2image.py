@@ -1860,7 +1860,7 @@ def test_simulated_size_and_channels_are_those_asked_for(tmp_path, folder_path):
 # Splits
 
 
-@pytest.mark.parametrize("by", ["cell", "field", "well", "plate", "compound"])
+@pytest.mark.parametrize("by", ["cell", "field", "well", "plate", "compound", "moa"])
 def test_no_group_in_two_splits(by):
     cells, _ = data.complete_cells(prepare.simulate_table(3000, 0)[0])
     cells["split"] = prepare.split_cells(cells, by, 0)
