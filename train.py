@@ -245,7 +245,7 @@ def sharp_step(G, D, opt_g, opt_d, f, x, x_real, weights, R, opt_r, look, family
         logit, maps_fake = D(x_fake, true)
         with torch.no_grad():
             _, maps = D(x[:most], true[:most])
-        loss_asked = asked_loss(R, x_fake, told)                    # obedience, measured by a fixed network
+        loss_asked = asked_loss(R, x_fake, told)                    # obedience, as the regressor reads it
     loss_adv = -logit.float().mean()                                # texture
 
     root = model.roots(x[:most])
