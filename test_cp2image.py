@@ -748,8 +748,8 @@ def test_step_of_sharp_corrects_its_regressor():
     assert abs(R.scale.item() - 1) < 0.1
 
 
-def test_look_is_what_the_table_says(folder_path):
-    """Measured in real cells it gives their table, less what is not in pictures; channels that it does not know: nothing."""
+def test_look_is_what_the_table_says(folder_path, tmp_path):
+    """Measured in real cells it gives their table, less what is not in pictures, or there in another unit."""
     folder = data.open_folder(folder_path)
     cells = train.Batches(folder, "percentile", CPU)
     look = train.Look(cells, 0)
@@ -761,6 +761,8 @@ def test_look_is_what_the_table_says(folder_path):
     mean = folder.features.index("Nuclei_Intensity_MeanIntensity_DAPI")
     relative = train.Look(train.Batches(folder, "cell-max", CPU), 0)(cells.images(rows))
     assert seen[:, mean].isfinite().any() and relative[:, mean].isnan().all() and relative[:, area].isfinite().any()
+    units = prepare_to(tmp_path / "dmso", "--simulate", 400, "--normalise", "plate-dmso")  # its table is in sd of each plate's DMSO
+    assert train.Look(train.Batches(units, "percentile", CPU), 0)(cells.images(rows)).isnan().all()
     right = cells.images
     cells.images = lambda rows: right(rows[::-1].copy())  # other cells than the table says
     assert train.Look(cells, 0)(right(rows)).isnan().all()

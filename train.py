@@ -294,9 +294,7 @@ def fit_regressor(R, cells, val_rows, steps, seed, batch=64):
         rows = random.choice(train_rows, batch)
         f, x = cells.turned(rows, seed, step)
         loss = reading_loss(R, x, f)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
+        update([(R, opt, loss)])
         rates.step()
         if speaks and step % 100 == 0:
             error = loss.item()
@@ -560,8 +558,8 @@ class Batches:
 
 class Look:
     """What the measuring engine finds in images (B, C, H, W) in 0..1: (B, F), standardised, NaN = nothing. In real training cells
-    it is compared with their table once: a constant difference is taken off, and a feature that it sees otherwise (r under 0.9,
-    as brightness where each image has its own scale) is not looked at. It knows images of three channels only."""
+    it is compared with their table once: a constant difference is taken off, and a feature that it sees otherwise or in another
+    unit (r2 under 0.8, as brightness where each image has its own scale) is not looked at. It knows images of three channels only."""
 
     def __init__(self, cells, seed):
         self.cells = cells
@@ -572,10 +570,11 @@ class Look:
         some = random.permutation(folder.rows("train"))[:512]
         f = cells.features(some).cpu()
         seen = self(cells.images(some)).cpu()
-        r = pd.DataFrame(seen.numpy()).corrwith(pd.DataFrame(f.numpy()))
-        agrees = torch.tensor(r.to_numpy() > 0.9)
-        offset = (seen - f).nanmedian(0).values
-        self.offset = torch.where(agrees, offset, torch.nan)
+        difference = seen - f
+        offset = difference.nanmedian(0).values
+        error = (difference - offset).square().nanmean(0)
+        r2 = 1 - error / f.var(0)
+        self.offset = torch.where(r2 > 0.8, offset, torch.nan)
 
     def __call__(self, x):
         folder = self.cells.folder
@@ -1127,9 +1126,11 @@ def main(argv=None):
             weights = hidden_weights(step, args.hidden_ramp)
             if args.graph:
                 weights = weights.to(device)
-            f, x, x_real = cells.features(rows), cells.images(rows), cells.images(others)
             if args.model == "sharp":
                 f, x = cells.turned(rows, args.seed, step)
+                x_real = None  # it has no second batch
+            else:
+                f, x, x_real = cells.features(rows), cells.images(rows), cells.images(others)
             terms = train_step(f, x, x_real, weights)
             if args.ema:
                 follow(G_ema, G, args.ema)
