@@ -1,9 +1,11 @@
 """The prepared folder, batches, pictures, what a cell is called, and what CellProfiler would measure in a picture.
 
-    out/patches.npy     (N, C, S, S) uint16, raw intensities, one cell a patch, channels in the order of meta.json
+    out/patches.npy     (N, C, S, S) uint16, raw intensities, one cell a patch, channels in the order of meta.json; of z-stacks
+                        (N, C, D, S, S)
     out/features.npy    (N, F) float32, CellProfiler's measurements in its own units, none missing
                         (prepared with --normalise plate-dmso: in standard deviations of their plate's DMSO cells)
-    out/cells.csv       one row a cell: cell, field, plate, well, site, replicate, compound, concentration (uM), moa, x, y, split
+    out/cells.csv       one row a cell: cell, field, plate, well, site, replicate, compound, concentration (uM), moa, x, y, split;
+                        perhaps structure, which of several one channel shows
     out/meta.json       channels, size, feature names, centre and scale, what was dropped and why, options, counts, checksums
 
 prepare_bbbc021.py writes such a folder, every other script reads it:
@@ -118,7 +120,8 @@ def keep_freed_memory():
 
 class Folder:
     """An open prepared folder of N cells; `open_folder` makes it.
-    path; meta (what meta.json says); cells (frame of CELL_COLUMNS); patches (N, C, S, S) uint16 and raw (N, F) float32, mapped."""
+    path; meta (what meta.json says); cells (frame of CELL_COLUMNS); patches (N, C, S, S) uint16, of z-stacks (N, C, D, S, S), and
+    raw (N, F) float32, mapped."""
 
     def __init__(self, path, meta, patches, raw, cells):
         self.path = path
@@ -135,6 +138,9 @@ class Folder:
         self.white = meta["white"]                                          # (C,) 16-bit levels, for image norm percentile
         self.identity = meta["checksums"]                                   # what a run shares with its folder
         self.treatment, self.treatments = pd.factorize(treatment_names(cells), sort=True)   # (N,) numbers, names
+        self.label, self.labels = self.treatment, self.treatments           # what a Statistical Cell is told of a cell
+        if "structure" in cells:
+            self.label, self.labels = pd.factorize(cells["structure"], sort=True)
 
     def __len__(self):
         return len(self.cells)
@@ -150,6 +156,11 @@ class Folder:
     def images(self, rows):
         """Patches of the given rows: (B, C, S, S) float32 tensor of raw 16-bit intensities."""
         return torch.from_numpy(self.patches[rows].astype(np.float32))
+
+    def told(self, rows):
+        """The labels of the given rows, one-hot: (B, labels) float32 tensor."""
+        label = torch.from_numpy(self.label[rows])
+        return F.one_hot(label, len(self.labels)).float()
 
     def measurements(self, rows):
         """Measurements of the given rows, in the folder's units: (B, F) float32 tensor. See model.standardise."""
@@ -192,15 +203,22 @@ def open_folder(path):
 
     n = meta["counts"]["cells"]
     size = meta["size"]
-    patches = open_array(path / "patches.npy", "uint16", (n, len(meta["channels"]), size, size))
-    raw = open_array(path / "features.npy", "float32", (n, len(meta["features"])))
+    depth = meta.get("depth", 1)        # absent in older folders
+    channels = len(meta["channels"])
+    shape = n, channels, size, size
+    if depth > 1:
+        shape = n, channels, depth, size, size
+    patches = open_array(path / "patches.npy", "uint16", shape)
+    shape = n, len(meta["features"])
+    raw = open_array(path / "features.npy", "float32", shape)
     table = path / "cells.csv"
     cells = read_csv(
         table,
         dtype=TEXT_COLUMNS,
         na_values=dict.fromkeys(NUMBER_COLUMNS, ""),
     )
-    if list(cells.columns) != CELL_COLUMNS or len(cells) != n:
+    found = cells.columns.drop("structure", errors="ignore")
+    if list(found) != CELL_COLUMNS or len(cells) != n:
         raise InputError(f"{table}: {len(cells)} rows with columns {list(cells.columns)}, "
                          f"expected {n} with {CELL_COLUMNS}; prepare the folder again")
     return Folder(path, meta, patches, raw, cells)
@@ -425,7 +443,10 @@ def complete_cells(cells, moa=None):
     Mechanisms come from `moa` (see complete_treatments) or, without it, from the column moa."""
     if "site" not in cells and "field" in cells:
         cells = cells.assign(site=cells["field"].str.extract(r"_s(\d+)(?:_|$)", expand=False))
-    cells = cells.reindex(columns=CELL_COLUMNS[:-1])    # those that are absent are NaN
+    columns = CELL_COLUMNS[:-1]
+    if "structure" in cells:
+        columns = [*columns, "structure"]
+    cells = cells.reindex(columns=columns)              # those that are absent are NaN
     texts = cells.columns.difference(NUMBER_COLUMNS, sort=False)
     cells[texts] = cells[texts].apply(as_text).replace("", "unknown")
     cells, report = complete_treatments(cells, moa)
@@ -520,15 +541,17 @@ class TreatmentSampler:
 
 
 def scale_images(x, norm, white=None):
-    """Raw intensities (B, C, H, W) -> float32 in 0..1.
+    """Raw intensities (B, C, ..., H, W) -> float32 in 0..1.
     norm "cell-max": each channel of each cell divided by its own maximum (the paper); an all-black channel stays 0.
     norm "percentile": divided by `white` (C,), one level for the whole set, and clipped at 1: keeps absolute intensity."""
     if norm == "cell-max":
-        brightest = x.amax((2, 3), keepdim=True)
+        pixels = tuple(range(2, x.ndim))
+        brightest = x.amax(pixels, keepdim=True)
         return x / brightest.clamp(min=1)
     assert norm == "percentile", norm
     white = torch.as_tensor(white).to(x)
-    return (x / white[:, None, None]).clamp(max=1)
+    white = white.view(-1, *[1] * (x.ndim - 2))
+    return (x / white).clamp(max=1)
 
 
 def turn(x, moves):
@@ -601,8 +624,13 @@ def turned_columns(features):
 
 def composite(x):
     """Images (B, C, H, W) of up to 3 channels, float in 0..1 or uint8 as from model.generate -> (B, H, W, 3) uint8: the first
-    (DAPI) blue, tubulin green, actin red, as the paper draws them."""
+    (DAPI) blue, tubulin green, actin red, as the paper draws them. Of stacks (B, C, D, H, W) the brightest along z and, beside it,
+    along x: (B, H, W + D, 3)."""
     x = torch.as_tensor(x).detach().cpu()
+    if x.ndim == 5:
+        front = x.amax(2)                               # (B, C, H, W)
+        side = x.amax(4).mT                             # (B, C, H, D)
+        x = torch.cat([front, side], 3)
     assert x.shape[1] <= 3, x.shape
     if x.dtype != torch.uint8:
         x = (x.float().clamp(0, 1) * 255).round().byte()
@@ -621,6 +649,58 @@ def tile(rows, zoom=2, gap=2):
         strips.append(np.concatenate(row, 1))
     sheet = np.concatenate(strips)
     return np.pad(sheet, ((0, gap), (0, gap), (0, 0)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the Statistical Cell's paper measures: seven features of the bright object of a channel, flat or solid
+
+SEVEN = ["Size", "Surface", "Sphericity", "Median", "Mean", "Sd", "Entropy"]
+
+
+def seven_features(x):
+    """Images x (N, ...) of one channel, flat or z-stacks, float in 0..1 -> (N, 7), see SEVEN: of the largest bright object, holes
+    filled, its pixels, the length or area of its outline (pixels; the total variation of its smoothed mask), how near that is to
+    a ball's (1), and of the intensity in it median, mean, sd and entropy (bits, 64 levels). NaN where nothing is bright.
+    Source: Donovan-Maiye et al. 2022, Fig 3."""
+    found = np.full((len(x), len(SEVEN)), nan)
+    for row, image in zip(found, np.asarray(x, np.float32)):
+        smooth = ndi.gaussian_filter(image, 1)
+        pixels = smooth.reshape(1, 1, -1)
+        level = otsu(pixels).item()
+        objects, _ = ndi.label(smooth > level)
+        count = np.bincount(objects.ravel())
+        count[0] = 0                                    # the dark
+        if not count.any():
+            continue
+        largest = count.argmax()
+        mask = ndi.binary_fill_holes(objects == largest)
+        size = mask.sum()
+        soft = np.pad(mask, 3).astype(float)
+        soft = ndi.gaussian_filter(soft, 1)
+        steepness = np.square(np.gradient(soft)).sum(0)
+        surface = np.sqrt(steepness).sum()
+        if mask.ndim == 2:
+            ball = 2 * sqrt(pi * size)                  # the outline of a disc of that size
+        else:
+            ball = (36 * pi * size ** 2) ** (1 / 3)     # the surface of a ball
+        values = image[mask]
+        share, _ = np.histogram(values, 64, (0, 1))
+        share = share[share > 0] / size
+        entropy = -(share * np.log2(share)).sum()
+        row[:3] = size, surface, ball / surface
+        median = np.median(values)
+        row[3:] = median, values.mean(), values.std(), entropy
+    return found
+
+
+def solid_features(x, names):
+    """The seven features of each channel of images (N, C, ...) in 0..1: frame (N rows, 7 C columns DAPI_Size, ...)."""
+    columns = {}
+    for k, name in enumerate(names):
+        found = seven_features(x[:, k])
+        for what, values in zip(SEVEN, found.T):
+            columns[f"{name}_{what}"] = values
+    return pd.DataFrame(columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import sys
 import textwrap
 import zlib
 from collections import OrderedDict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -438,7 +439,8 @@ def read_profiles(path, image_csv, moa):
         told = [*key, "compound", "concentration"]
         require(image, told, image_csv)
         cells = cells[key].merge(image[told].drop_duplicates(), "left", key)
-        refuse(cells[cells["compound"].isna()], f"of the {len(cells)} wells of {path} are not listed in {image_csv}")
+        unlisted = cells[cells["compound"].isna()]
+        refuse(unlisted, f"of the {len(cells)} wells of {path} are not listed in {image_csv}")
     mechanisms = None
     if moa:
         mechanisms = data.read_moa(moa)
@@ -455,7 +457,8 @@ def read_profiles(path, image_csv, moa):
 
 def pearson(a, b):
     """Pearson's r (F,) of the columns of two frames."""
-    return correlations(a.to_numpy(), b.to_numpy(), np.ones((1, len(a))))[0]
+    once = np.ones((1, len(a)))
+    return correlations(a.to_numpy(), b.to_numpy(), once)[0]
 
 
 def within(frame, treatment):
@@ -493,7 +496,8 @@ def claims(table):
     """What the paper says of its Fig 4a, each with whether it is seen in a feature_table, {claim: seen}, and the median r by
     which it is judged, {family or compartment and family: median r}, the best first."""
     family = table.groupby("family")["r"].median()
-    group = table.groupby(table["compartment"] + " " + table["family"])["r"].median()
+    name = table["compartment"] + " " + table["family"]
+    group = table.groupby(name)["r"].median()
     best = set(group.nlargest(3).index)
     seen = {
         "over 30 % of the features have r > 0.5": (table["r"] > 0.5).mean() > 0.3,
@@ -537,7 +541,10 @@ def drawn(G, folder, rows, places, seed, device):
     """What G draws of the given cells, from their measurements, their pictures or the noise of their places among all cells drawn:
     (B, C, S, S) in 0..1, on the CPU."""
     z = model.noise(G, places, seed)
-    f = features_of(folder, rows).to(device)
+    f = features_of(folder, rows)
+    if isinstance(G, model.StatCell):
+        f = folder.told(rows)
+    f = f.to(device)
     x = images_of(folder, rows, G).to(device)
     x_fake = model.draw(G, f, x, z.to(device))
     return x_fake.clamp(0, 1).cpu()
@@ -578,8 +585,8 @@ def contestants(G, folder, rows, seed, device):
         "nearest training cell": nearest_training_cell(folder, rows, train),
         "random training cell": np.random.default_rng([seed, 1]).choice(train, len(rows)),
     }
-    some = np.random.default_rng([seed, 2]).permutation(train)[:2000]
-    sample = images_of(folder, some, G)
+    some = np.random.default_rng([seed, 2]).permutation(train)
+    sample = images_of(folder, some[:2000], G)
     mean = sample.mean(0)
     places = range(len(rows))
 
@@ -607,12 +614,14 @@ def pair_losses(draw, who, D, n, device):
     for i in batches(n):
         x = draw("real", i)
         y = draw(who, i)
-        losses[i, 0] = torch.vmap(model.pixel_loss)(x[:, None], y[:, None])
+        one_by_one = torch.vmap(model.pixel_loss)
+        losses[i, 0] = one_by_one(x[:, None], y[:, None])
         if isinstance(D, model.Discriminator):
             _, maps = D(x.to(device))
             _, maps_y = D(y.to(device))
             each = torch.vmap(model.hidden_losses, (0, 0, None))
-            losses[i, 1] = each(maps, maps_y, x[0].numel()).sum(1).cpu()        # (B, 4) -> (B,)
+            hidden = each(maps, maps_y, x[0].numel())                           # (B, 4)
+            losses[i, 1] = hidden.sum(1).cpu()
     return losses
 
 
@@ -625,7 +634,8 @@ def measure_pictures(draw, who, n, channels, device):
 
 def features_by_inception(net, draw, who, start, stop, pick):
     """Features (stop - start, 2048) of a contestant's pictures as uint8, of three of their channels."""
-    x = torch.cat([model.to_uint8(draw(who, i)) for i in batches(stop, start)])
+    parts = [draw(who, i) for i in batches(stop, start)]
+    x = model.to_uint8(torch.cat(parts))
     return inception_features(net, x[:, pick].numpy())
 
 
@@ -637,7 +647,8 @@ BARE = "representation, not normalised"  # as CytoGAN scores them
 
 class Report:
     """Rows of metrics.csv, {what is absent: why}, tables of treatments, and `survived`: the feature_table and
-    its six best columns of real and generated cells, which a GAN does not have (its free samples are not of these cells)."""
+    its six best columns of real and generated cells, which a GAN does not have (its free samples are not of these cells). Of a
+    Statistical Cell: `features` of each cell, `correlations` of the latents, {treatment: (shift, 5 rows along it)}, `arrows`."""
 
     def __init__(self, seed):
         self.seed = seed
@@ -645,6 +656,8 @@ class Report:
         self.absent = {}
         self.treatments = []
         self.survived = None
+        self.features = self.correlations = None
+        self.arrows = {}
 
     def add(self, who, quantity, n, extractor, value, low=np.nan, high=np.nan):
         self.records.append((who, quantity, value, low, high, n, extractor))
@@ -660,7 +673,8 @@ class Report:
         def mean(weights):
             return weights @ values[:, None] / n
 
-        self.add(who, quantity, n, extractor, *bootstrap(mean, n, self.seed)[:, 0])
+        value, low, high = bootstrap(mean, n, self.seed)[:, 0]
+        self.add(who, quantity, n, extractor, value, low, high)
 
     def add_correlations(self, who, real, seen):
         """Pearson's r with the real cell (frames, n rows) of every measurement, and the share over 0.5, undefined r among it."""
@@ -720,7 +734,8 @@ class Report:
         """NSC and NSCB of well_profiles. Wells on plates with under two DMSO wells cannot be scaled: left out, and named."""
         wells = wells.dropna()
         is_dmso = wells["compound"] == data.SOLVENT
-        few = wells[is_dmso.groupby(wells["plate"]).transform("sum") < 2]
+        count = is_dmso.groupby(wells["plate"]).transform("sum")
+        few = wells[count < 2]
         if normalise != "none" and 0 < len(few) < len(wells):
             plates = ", ".join(few["plate"].unique())
             reason = "left out of NSC, which needs two DMSO wells a plate"
@@ -741,7 +756,8 @@ def judge(G, D, folder, rows, seed, device, net=None):
     given = pd.DataFrame(folder.raw[rows], columns=folder.features)
     try:
         sample = data.measurements(sample, folder.channels, device=device)
-        space = CPSpace(sample.dropna(how="all"), max(1, min(30, half // 20)))
+        components = min(30, half // 20)
+        space = CPSpace(sample.dropna(how="all"), max(1, components))
     except InputError as error:
         space = None
         report.absent["all that is measured in pictures"] = str(error)
@@ -757,7 +773,8 @@ def judge(G, D, folder, rows, seed, device, net=None):
             report.add_mean(who, "hidden loss", losses[:, 1], "discriminator")
         if not space:
             continue
-        seen = measure_pictures(draw, who, len(rows), folder.channels, device).astype(np.float32)
+        seen = measure_pictures(draw, who, len(rows), folder.channels, device)
+        seen = seen.astype(np.float32)
         found = seen.notna().any(axis=1).to_numpy(float)
         report.add_mean(who, "nucleus found", found, "measurements")
         if who == "real":
@@ -772,31 +789,235 @@ def judge(G, D, folder, rows, seed, device, net=None):
                 report.survived = table, real[best], seen[best]
         judged[who] = space(seen[half:2 * half])
         seen = seen.dropna(how="all")
-        usual = seen.loc[:, seen.notna().mean() >= 0.95]        # some measurements are never defined
+        share = seen.notna().mean()
+        usual = seen.loc[:, share >= 0.95]                      # some measurements are never defined
         report.add_wells(who, well_profiles(cells, usual))
     report.add_wells("input CP vectors", well_profiles(cells, given))
     if G.takes != "features":
         latent = represented(G, D, folder, rows, device)
         report.add_wells(BARE, well_profiles(cells, latent), "none")
     if space:
-        report.add_distances(reference, judged, "FD", f"-CP{len(space.axes)}", "measurements")
+        d = len(space.axes)
+        report.add_distances(reference, judged, "FD", f"-CP{d}", "measurements")
 
     if net:
-        views = {f" {name}": [c, c, c] for c, name in enumerate(folder.channels)}   # each channel as grey
+        views = {}
+        for c, name in enumerate(folder.channels):
+            views[f" {name}"] = [c, c, c]                                           # as grey
         if len(folder.channels) == 3:
             views[""] = [0, 1, 2]
         for suffix, pick in views.items():
             reference = features_by_inception(net, draw, "real", 0, half, pick)
-            judged = {who: features_by_inception(net, draw, who, half, 2 * half, pick) for who in names}
+            judged = {}
+            for who in names:
+                judged[who] = features_by_inception(net, draw, who, half, 2 * half, pick)
             report.add_distances(reference, judged, "FID", suffix, "inception")
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Statistical Cell (Donovan-Maiye et al. 2022): what its two models know of cells, and how they use it
+
+DRAWS = 10              # of the latents for an ELBO, and of other cells for a coupling (paper)
+INFORMATIVE = 0.6       # nats of KL divergence, from which on a latent dimension counts as active (paper)
+MODELS = ("reference", "target")
+FEW = 8                 # cells, under which no mean of a group is looked at
+COUPLED = 0.1           # sum of both couplings, under which a target follows neither nucleus nor cell
+
+
+def labelled(G, folder, rows, device):
+    """Of the cells `rows` in batches: a slice, their pictures (B, C, ...) in 0..1 and labels (B, L) on the device."""
+    for i in batches(len(rows)):
+        x = images_of(folder, rows[i], G)
+        label = folder.told(rows[i])
+        yield i, x.to(device), label.to(device)
+
+
+@torch.no_grad()
+def elbo_terms(G, folder, rows, seed, device, swapped=None):
+    """Squared error and KL divergence (2, n, 2) of the reference and the target of the cells `rows`, means over DRAWS draws. In each
+    draw the channel `swapped` (its place) comes from another cell."""
+    n = len(rows)
+    places = range(n)
+    total = np.zeros((2, n, 2))
+    for k in range(DRAWS):
+        order = np.random.default_rng([seed, 3, k]).permutation(n)
+        other = np.empty(n, int)
+        other[order] = np.roll(order, 1)                                        # never the cell itself
+        for i, x, label in labelled(G, folder, rows, device):
+            if swapped is not None:
+                others = images_of(folder, rows[other[i]], G)
+                x[:, swapped] = others[:, swapped].to(device)
+            noise = model.noise(G, places[i], seed * DRAWS + k)
+            terms = torch.stack(G.terms(x, label, noise.to(device)))            # (2, B, 2)
+            total[:, i] += terms.cpu().numpy()
+    return total / DRAWS
+
+
+@torch.no_grad()
+def latents_of(G, folder, rows, device):
+    """Means and log variances (2, n, 2 latent) of the latents of the cells `rows`."""
+    parts = []
+    for _, x, label in labelled(G, folder, rows, device):
+        encoded = torch.stack(G.encode(x, label))                               # (2, B, 2 latent)
+        parts.append(encoded.cpu().double())
+    return torch.cat(parts, 1).numpy()
+
+
+@torch.no_grad()
+def features_seen(who, G, folder, rows, seed, device):
+    """The seven features of each channel (frame, n rows) in the cells `rows`: "real", "reconstructed", or "sampled" with their labels."""
+    parts = []
+    places = range(len(rows))
+    for i, x, label in labelled(G, folder, rows, device):
+        if who == "reconstructed":
+            x = G(x, label)
+        if who == "sampled":
+            z = model.noise(G, places[i], seed)
+            x = G.decode(z.to(device), label)
+        x = x.clamp(0, 1).cpu()
+        parts.append(data.solid_features(x, folder.channels))
+    return pd.concat(parts, ignore_index=True)
+
+
+def couplings(own, swapped):
+    """Eq 4 and 5 of minus the ELBO of targets, own (R,), and of the same with a reference channel of other cells, swapped (channels, R):
+    1 - ELBO / ELBO of the swapped, to each channel; and whether the target follows the first or the last channel, nucleus or
+    cell, more, from -1 to 1, NaN where neither: (channels + 1, R)."""
+    found = 1 - own / swapped
+    both = found[-1] + found[0]
+    lean = (found[-1] - found[0]) / both
+    lean = np.where(both > COUPLED, lean, np.nan)
+    return np.vstack([found, lean])
+
+
+def add_coupling(report, G, folder, rows, loss, device):
+    """The couplings of the target of each label, and of all; loss (n,): minus the ELBO of the target."""
+    losses = [loss]
+    quantities = []
+    for place in G.places[0]:
+        recon, kl = elbo_terms(G, folder, rows, report.seed, device, place)
+        losses.append((recon + kl)[:, 1])
+        quantities.append(f"coupling to {folder.channels[place]}")
+    quantities.append("nucleus -1, cell 1")
+    losses = np.column_stack(losses)                                            # (n, 1 + channels)
+    names = np.array(folder.labels)[folder.label[rows]]
+    for who in ["all", *np.unique(names)]:
+        some = losses if who == "all" else losses[names == who]
+        n = len(some)
+        if n < FEW:
+            report.absent[f"coupling of {who}"] = f"{n} cells, {FEW} are needed"
+            continue
+
+        def statistic(weights):
+            own, *swapped = (weights @ some).T                                  # (R,) each
+            return couplings(own, np.array(swapped)).T
+
+        found = bootstrap(statistic, n, report.seed)
+        for quantity, values in zip(quantities, found.T):
+            report.add(who, quantity, n, "ELBO", *values)
+
+
+def add_shifts(report, folder, rows, z):
+    """How far each treatment moves the mean of the latents {model: (n, latent)} from DMSO's, of each structure where there are several;
+    its interval is that under permuted treatments. Five real cells along the target's arrow go to report.arrows."""
+    cells = folder.cells.iloc[rows]
+    treatment = data.treatment_names(cells).to_numpy()
+    solvent = (cells["compound"] == data.SOLVENT).to_numpy()
+    kind = np.full(len(rows), "")
+    if "structure" in cells:
+        kind = cells["structure"].to_numpy()
+    random = np.random.default_rng(report.seed)
+    names = np.unique(treatment[~solvent])
+    for one, name in product(np.unique(kind), names):
+        mine = solvent | (treatment == name)
+        here = np.flatnonzero(mine & (kind == one))
+        moved = ~solvent[here]
+        treated = moved.sum()
+        untreated = len(here) - treated
+        if min(treated, untreated) < FEW:
+            continue
+        groups = [moved]
+        groups += [random.permutation(moved) for _ in range(200)]
+        weights = np.where(groups, 1 / treated, -1 / untreated)                 # mean of the treated - mean of the others
+        who = f"{one} {name}".strip()
+        for which, every in z.items():
+            arrows = weights @ every[here]                                      # (201, latent)
+            length, *chance = np.linalg.norm(arrows, axis=1)
+            usual = np.percentile(chance, [2.5, 97.5])
+            report.add(who, f"shift of {which}", len(here), "latents", length, *usual)
+        own = every[here]                                                       # the target's
+        start = own[~moved].mean(0)
+        along = (own - start) @ arrows[0] / length ** 2                         # 0 at DMSO's mean, 1 at the treatment's
+        distance = np.abs(along - np.linspace(0, 1, 5)[:, None])                # (5, n)
+        five = here[distance.argmin(1)]
+        report.arrows[who] = length / np.mean(chance), rows[five]
+
+
+def judge_statcell(G, folder, rows, seed, device):
+    """Everything about one Statistical Cell on the cells `rows`: a Report."""
+    report = Report(seed)
+    recon, kl = elbo_terms(G, folder, rows, seed, device)
+    loss = recon + kl
+    for k, who in enumerate(MODELS):
+        report.add_mean(who, "ELBO", -loss[:, k], "ELBO")
+        report.add_mean(who, "rate", kl[:, k], "ELBO")
+        report.add_mean(who, "distortion", recon[:, k], "ELBO")
+    add_coupling(report, G, folder, rows, loss[:, 1], device)
+
+    # The latents: how many hold something, whether they go together, where treatments move them
+    train = by_name(folder, folder.rows("train"))
+    train = np.random.default_rng([seed, 2]).permutation(train)
+    train = train[:2000]
+    mean, log_var = latents_of(G, folder, train, device)
+    z, _ = latents_of(G, folder, rows, device)
+    spread = np.exp(log_var) - 1 - log_var
+    nats = 0.5 * (mean ** 2 + spread)                                           # KL divergence
+    active = np.flatnonzero(nats.mean(0) > INFORMATIVE)
+    own = active[active < G.half]
+    n = len(train)
+    report.add("reference", "active latents", n, "latents", len(own))
+    report.add("target", "active latents", n, "latents", len(active) - len(own))
+    shown = pd.DataFrame(z[:, active], columns=active)
+    report.correlations = shown.corr()
+    halves = np.split(z, 2, axis=1)
+    add_shifts(report, folder, rows, dict(zip(MODELS, halves)))
+
+    # Seven features of each channel; distances and R2 are of the reference's
+    seen = {}
+    for who in ("real", "reconstructed", "sampled"):
+        seen[who] = features_seen(who, G, folder, rows, seed, device)
+    report.features = pd.concat(seen, names=["who", "cell"])
+    report.add_correlations("reconstructed", seen["real"], seen["reconstructed"])
+    known = features_seen("real", G, folder, train, seed, device)
+    names = tuple(np.take(folder.channels, G.places[0]))
+    known = known.loc[:, known.columns.str.startswith(names)]
+    space = CPSpace(known, 5)
+    half = len(rows) // 2
+    reference = space(seen["real"][:half])
+    judged = {who: space(frame[half:]) for who, frame in seen.items()}
+    report.add_distances(reference, judged, "FD", "-5", "features")
+
+    # How much of their five components is a linear function of the reference's latents, fitted to training cells
+    known = space.z_scores(known) @ space.axes.T
+    real = space.z_scores(seen["real"]) @ space.axes.T
+    known = known - known.mean(0)
+    inputs = mean[:, own]
+    inputs = inputs - inputs.mean(0)
+    weights, *_ = np.linalg.lstsq(inputs, known, rcond=None)
+    missed = real - z[:, own] @ weights
+    explained = 1 - missed.var(0) / real.var(0)
+    for k, r2 in enumerate(explained, 1):
+        report.add("reference", f"R2 of feature component {k}", len(real), "latents", r2)
     return report
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is printed and written
 
-SHOWN = (r"(pixel|hidden) loss|nucleus found|share r > 0.5|median r( within treatments)?|NSCB?|"
-         r"(FID|FD|KID|precision|recall)( [A-Z]\w+)?(-CP\d+)?")
+SHOWN = (r"ELBO|rate|distortion|coupling to .*|nucleus -1, cell 1|active latents|R2 .*|"
+         r"(pixel|hidden) loss|nucleus found|share r > 0.5|median r( within treatments)?|NSCB?|"
+         r"(FID|FD|KID|precision|recall)( [A-Z]\w+)?(-(CP)?\d+)?")
 SHORT = {
     "free samples": "free",
     "nearest training cell": "nearest",
@@ -806,10 +1027,11 @@ SHORT = {
     BARE: "latent",
 }
 INTERVAL = "95 %, 1000 bootstrap draws of cells; NSC: of compounds; permuted labels: ± sd"
-OWN = ("generated", "free samples", BARE)  # a model's; the other contestants are baselines
+OWN = ("generated", "free samples", BARE, "reconstructed", "sampled", *MODELS)  # a model's; the other contestants are baselines
 TABLES = {  # quantities, and what was published on BBBC021 (N, reference set and tool of FID are not stated)
     "Table 1 of CP2Image": r"pixel loss|share r > 0.5|FID|FD-CP\d+",
     "Table 1 of CytoGAN": "NSCB?",
+    "Fig 3 of the Statistical Cell": r"ELBO|rate|distortion|share r > 0.5|FD-\d+",
 }
 PUBLISHED = """published, not comparable: FID of CP2Image 68.42 ± 1.9 (over 0.30 of its features with r > 0.5),
 VAE 351.96 ± 5.3, VAEplus 27.98 ± 3.8, LSGAN 24.79 ± 2.0; NSC, not normalised, of VAE 0.49, VAEplus
@@ -834,7 +1056,8 @@ def write_csv(path, frame, **options):
 
 
 def write_json(path, content):
-    data.write(path, json.dumps(content, indent=1, default=np.generic.item) + "\n")
+    text = json.dumps(content, indent=1, default=np.generic.item)
+    data.write(path, text + "\n")
 
 
 def write_results(out, report, about):
@@ -852,16 +1075,22 @@ def write_results(out, report, about):
         table = report.survived[0]
         write_csv(out / "features.csv", table)
         about["claims of the paper"], medians = claims(table)
-        about["median r"] = {group: rounded(r) for group, r in medians.items()}
+        medians = medians.map(rounded)
+        about["median r"] = medians.to_dict()
     write_json(out / "metrics.json", dict(about=about, absent=report.absent, results=results))
     table = report.table().assign(split=about["split"], seed=about["seed"])
     write_csv(out / "metrics.csv", table, index=False)
     if report.treatments:
         write_csv(out / "moa.csv", pd.concat(report.treatments), index=False)
+    if report.features is not None:  # of a Statistical Cell
+        write_csv(out / "features.csv", report.features)
+        write_csv(out / "latents.csv", report.correlations)
 
 
 def verdict(wide):
     """One plain sentence about a generator; `wide`: values, a row a quantity and a column a contestant."""
+    if "reference" in wide:
+        return "describes cells (reference) and one structure in them (target): see ELBO, coupling and R2"
     if np.isnan(wide["generated"]["pixel loss"]):
         return "draws free samples, of no particular cell: see the distances and NSC"
     paired = wide.filter(regex="^(pixel loss$|r )", axis=0)
@@ -874,7 +1103,8 @@ def verdict(wide):
 def side_by_side(table, values):
     """A row a quantity and a column a contestant, both as they first come in `table`."""
     wide = table.pivot(index="quantity", columns="who", values=values)
-    wide = wide.loc[table["quantity"].unique(), table["who"].unique()]
+    quantities = table["quantity"].unique()
+    wide = wide.loc[quantities, table["who"].unique()]
     return wide.rename_axis(index=None, columns=None)
 
 
@@ -883,6 +1113,7 @@ def print_report(name, report):
     wide = side_by_side(report.table(), "value")
     say(f"{name} {verdict(wide)}.")
     shown = wide[wide.index.str.fullmatch(SHOWN)].rename(columns=SHORT)
+    shown = shown.dropna(axis=1, how="all").iloc[:, :14]
     print("\n" + shown.to_string(float_format="{:.4g}".format, na_rep="-") + "\n")
     print_absent(report.absent)
 
@@ -911,15 +1142,52 @@ def draw_plots(path, report):
     table = report.table().dropna(subset="value")
     pearson = table[table["quantity"].str.startswith("r ")]
     for who, rows in pearson.groupby("who", sort=False):
-        sorted_r.plot(np.sort(rows["value"])[::-1], label=who)
+        values = np.sort(rows["value"])
+        sorted_r.plot(values[::-1], label=who)
     sorted_r.set(xlabel="feature, sorted", ylabel="Pearson's r with the real cell", ylim=(-0.5, 1))
     sorted_r.legend()
     features, real, fake = report.survived
     for key, name in zip("012345", real):
         panels[key].plot(real[name], fake[name], ".", ms=2)
         panels[key].set(xlabel="real", ylabel="generated")
-        panels[key].set_title(f"{name}\nr {features['r'][name]:.2f}", fontsize=6)
+        r = features["r"][name]
+        panels[key].set_title(f"{name}\nr {r:.2f}", fontsize=6)
     data.write(path, figure.savefig)
+
+
+def draw_features(path, features):
+    """Fig 3: how each feature (columns; rows: who, cell) spreads over real, reconstructed and sampled cells, as violins."""
+    os.environ.pop("MPLBACKEND", None)
+    from matplotlib.figure import Figure
+    figure = Figure((16, 8), dpi=70, layout="constrained")
+    panels = figure.subplots(3, 7).ravel()
+    for panel, name in zip(panels, features):
+        table = features[name].unstack("who", sort=False)
+        values = [table[who].dropna() for who in table]
+        panel.violinplot(values, showmedians=True)
+        panel.set_xticks([1, 2, 3], table.columns, fontsize=6)
+        panel.set_title(name, fontsize=8)
+    data.write(path, figure.savefig)
+
+
+def write_grid(path, pictures, cells):
+    """Rows of pictures {name: (n, C, ..., H, W) in 0..1} as a PNG; which cells they are goes into a JSON file of the same name."""
+    picture = data.tile([data.composite(x) for x in pictures.values()])
+    data.write(path, Image.fromarray(picture).save)
+    said = dict(rows=list(pictures), cells=cells)
+    write_json(path.with_suffix(".json"), said)
+
+
+def draw_arrows(path, folder, arrows, G):
+    """Five real cells from DMSO's mean to the treatment's, a row for each of the ten treatments that move the target's latents most,
+    beside chance; a JSON file of the same name says which."""
+    pictures = {}
+    cells = {}
+    for who in sorted(arrows, key=arrows.get, reverse=True)[:10]:
+        _, rows = arrows[who]
+        pictures[who] = images_of(folder, rows, G)
+        cells[who] = list(folder.cells["cell"].iloc[rows])
+    write_grid(path, pictures, cells)
 
 
 def draw_grid(out, folder, rows, runs, seed, device):
@@ -929,9 +1197,8 @@ def draw_grid(out, folder, rows, runs, seed, device):
         name = f"{G.name}, free samples" if G.takes == "noise" else G.name
         if name not in pictures:
             pictures[name] = drawn(G, folder, rows, range(len(rows)), seed, device)
-    picture = data.tile([data.composite(x) for x in pictures.values()])
-    data.write(out / "grid.png", Image.fromarray(picture).save)
-    write_json(out / "grid.json", dict(rows=list(pictures), cells=list(folder.cells["cell"].iloc[rows])))
+    names = folder.cells["cell"].iloc[rows]
+    write_grid(out / "grid.png", pictures, list(names))
 
 
 def compare_runs(runs, reports):
@@ -943,8 +1210,10 @@ def compare_runs(runs, reports):
         is_own = table["who"].isin(OWN)
         if parts:
             table = table[is_own]
-        label = (G.name + " " + table["who"]).str.removesuffix(" generated")
-        parts.append(table.assign(who=table["who"].mask(is_own, label)))
+        label = G.name + " " + table["who"]
+        label = label.str.removesuffix(" generated")
+        who = table["who"].mask(is_own, label)
+        parts.append(table.assign(who=who))
     groups = pd.concat(parts).groupby(["who", "quantity"], sort=False)
     long = groups.agg(
         mean=("value", "mean"),
@@ -954,12 +1223,17 @@ def compare_runs(runs, reports):
         n=("n", "min"),
     ).reset_index()
     spread = long["sd"].map(" ± {:.2g}".format).replace(" ± nan", "")
-    shown = long.assign(text=long["mean"].map("{:.4g}".format) + spread)
+    middle = long["mean"].map("{:.4g}".format)
+    shown = long.assign(text=middle + spread)
     lines = []
     for title, pattern in TABLES.items():
-        some = shown[shown["quantity"].str.fullmatch(pattern)].dropna(subset="mean")
+        some = shown[shown["quantity"].str.fullmatch(pattern)]
+        some = some.dropna(subset="mean")
+        if not len(some):
+            continue
         wide = side_by_side(some, "text").T
-        lines.append(f"{title}, from these runs (± sd, ddof 1):\n\n{wide.to_string(na_rep='-')}\n")
+        body = wide.to_string(na_rep="-")
+        lines.append(f"{title}, from these runs (± sd, ddof 1):\n\n{body}\n")
     return long, "\n".join([*lines, PUBLISHED])
 
 
@@ -1056,7 +1330,10 @@ def main(argv=None):
     reports = {}
     for G in runs:
         D = model.load_metric(G.checkpoint, device)
-        report = judge(G, D, folder, rows, args.seed, device, net)
+        if isinstance(G, model.StatCell):
+            report = judge_statcell(G, folder, rows, args.seed, device)
+        else:
+            report = judge(G, D, folder, rows, args.seed, device, net)
         if not net:
             report.absent["FID, KID"] = "--inception FILE was not given; distances are between measurements (CP)"
         about = dict(
@@ -1088,6 +1365,10 @@ def main(argv=None):
     for target, report in reports.items():
         if report.survived:
             optional("metrics.png", draw_plots, target / "metrics.png", report)
+        if report.features is not None:
+            optional("metrics.png", draw_features, target / "metrics.png", report.features)
+        if report.arrows:
+            optional("shift.png", draw_arrows, target / "shift.png", folder, report.arrows, runs[0])
     print(f"written to {out}")
 
 

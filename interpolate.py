@@ -3,6 +3,7 @@
     python interpolate.py sweep --data out/ --run runs/cp2image-seed0 --feature Nuclei_AreaShape_Area --html cell.html
     python interpolate.py {sweep --fig4c, moa, dose, walk, algebra, controllability, coupling} --data out/ --run RUN
     python interpolate.py {walk, algebra, latents} --data out/ --run runs/lsgan-seed0       # or a VAE: in its latent space
+    python interpolate.py {walk, latents, imagine} --data stacks/ --run runs/statcell-seed0
 
 Reads a prepared folder and a run. Writes OUT/<figure>.json, .csv and .png (equal calls, equal bytes) and, with --html FILE, one page with
 a slider for each edited measurement, which any browser opens offline. Cost: 50 pictures/s with 860 features on one CPU core.
@@ -46,6 +47,7 @@ DRAWS = 20  # of cells, in algebra
 TERMS = 3  # cells averaged in each of its terms
 # high, low, other -> these three, and high - low + other
 SUM = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, -1, 1]])
+IMAGINED = 4  # draws of a structure
 ALIKE = 0.05  # sd: a measurement that halving the brightness moves by more depends on it
 
 
@@ -247,6 +249,7 @@ class Cells:
     """The cells of a prepared folder. `rows`: those of the split; `train`: those that stand for the data; `table`: a frame with a row
     for each cell of the folder. raw (n, F) are measurements in CellProfiler's units (trained with plate-dmso: in DMSO sd of the plate),
     f (n, F) what G takes: the same in sd, clipped; of a VAE or GAN its latent vectors. Pictures (n, C, S, S) are in 0..1, on the CPU."""
+    extractor = "data.segment and measure"  # what `look` calls
 
     def __init__(self, G, folder, split="test", seed=0):
         self.G = G
@@ -370,6 +373,9 @@ class Cells:
             raise InputError(f"cell {name}: not among the {len(names)} cells, whose first is {names[0]}")
         return names.index(name)
 
+    def latent_name(self, d):
+        return f"dimension {d}"
+
     def middle(self, rows):
         """The one of the rows that is closest to their mean."""
         return rows[representative(self.f(rows))[0]]
@@ -410,12 +416,73 @@ class TableCells(Cells):
 
 
 class EncodedCells(Cells):
-    """The cells of a prepared folder in the latent space of a VAE: f are the encoder's means."""
+    """The cells of a prepared folder in the latent space of a VAE: f are the encoder's means. Distances are from draws of the cells'
+    latents: where a dimension holds nothing the means alone do not vary."""
+
+    def told(self, rows):
+        """What the VAE is given beside the pictures of these rows."""
+        return ()
+
+    def encode(self, rows):
+        """Means and log variances (2, n, latent) of the rows."""
+        parts = []
+        for part in torch.tensor(rows).split(256):
+            x = self.pictures(part.numpy()).to(self.G.device)
+            encoded = self.G.encode(x, *self.told(part.numpy()))
+            parts.append(torch.stack(encoded).cpu())
+        return torch.cat(parts, 1)
 
     def f(self, rows):
-        parts = (self.pictures(part.numpy()) for part in torch.tensor(rows).split(256))  # one at a time
-        means = [self.G.encode(x.to(self.G.device))[0].cpu() for x in parts]
-        return torch.cat(means).double().numpy()
+        return self.encode(rows)[0].double().numpy()
+
+    @functools.cached_property
+    def reference(self):
+        mean, log_var = self.encode(self.train)
+        noise = model.noise(self.G, len(mean), self.seed)
+        drawn = mean + noise * (0.5 * log_var).exp()
+        return Reference(drawn.double().numpy())
+
+
+class StackedCells(EncodedCells):
+    """The cells of a prepared folder in the latent spaces of a Statistical Cell, the reference's first. raw (n, F) are seven features
+    of each channel, measured in pictures; what is drawn has one structure (or treatment), the commonest unless said."""
+    extractor = "data.solid_features"
+
+    def __init__(self, G, folder, split="test", seed=0, structure=None):
+        super().__init__(G, folder, split, seed)
+        self.features = [f"{channel}_{what}" for channel in G.channels for what in data.SEVEN]
+        self.area = [0]  # the first channel's size
+        self.relative = np.zeros(len(self.features), bool)
+        usual = np.bincount(folder.label[self.rows]).argmax()
+        self.structure = structure or folder.labels[usual]
+
+    def told(self, rows):
+        return (self.folder.told(rows).to(self.G.device),)
+
+    def raw(self, rows):
+        return self.look(self.pictures(rows))
+
+    def look(self, x):
+        return data.solid_features(x, self.G.channels).to_numpy(float)
+
+    def latent_name(self, d):
+        which = "target" if d >= self.G.half else "reference"
+        return f"{which} {d % self.G.half}"
+
+    def imagine(self, z, structure, real=None):
+        """Pictures of latent vectors z (n, G.latent) with that structure; in the reference of a real cell (1, C, ...), if given."""
+        names = list(self.folder.labels)
+        if structure not in names:
+            raise InputError(f"{structure}: not a structure (or treatment) of this folder; there are {names}")
+        told = torch.zeros(len(z), len(names))
+        told[:, names.index(structure)] = 1
+        if real is not None:
+            real = real.expand(len(z), *real.shape[1:]).to(self.G.device)
+        return self.G.decode(z.to(self.G.device), told.to(self.G.device), real).cpu().clamp(0, 1)
+
+    def paint(self, f, z=None):
+        parts = torch.tensor(f).float().split(256)
+        return torch.cat([self.imagine(part, self.structure) for part in parts])
 
 
 class NoiseCells(Cells):
@@ -485,7 +552,7 @@ class Result:
         out.mkdir(parents=True, exist_ok=True)
         path = out / re.sub(r"[^\w+-]+", "_", self.name)[:120]
         table = pd.DataFrame({"n": about["n"]} | record for record in self.records)
-        table = table.assign(split=about["split"], seed=about["seed"], extractor="data.segment and measure")
+        table = table.assign(split=about["split"], seed=about["seed"], extractor=about["extractor"])
         data.write(path.with_suffix(".csv"), table.to_csv(index=False, lineterminator="\n"))
         content = dict(about=about, records=json.loads(table.to_json(orient="records")))  # 10 decimals
         data.write(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
@@ -497,11 +564,12 @@ class Result:
 
 
 def strip(rows, title):
-    """Rows of (name, pictures (n, C, H, W) in 0..1, a list of lines for each), composites above their lines -> a PIL image."""
-    n, _, _, side = rows[0][1].shape  # as all rows
-    zoom = -(-136 // side)  # a picture is wide enough for its words
-    column = side * zoom + 2
-    height = column + 80  # of a row: 20 for the name, 60 for the words
+    """Rows of (name, pictures (n, C, ..., H, W) in 0..1, a list of lines for each), composites above their lines -> a PIL image."""
+    n, high, wide, _ = data.composite(rows[0][1]).shape  # as all rows
+    zoom = -(-136 // wide)  # a picture is wide enough for its words
+    column = wide * zoom + 2
+    body_height = high * zoom + 2
+    height = body_height + 80  # of a row: 20 for the name, 60 for the words
     width = max(n * column, 7 * len(title))
     picture = Image.new("RGB", (width, 20 + height * len(rows)), "white")
     draw = ImageDraw.Draw(picture)
@@ -514,7 +582,7 @@ def strip(rows, title):
         for i, lines in enumerate(words):
             text = "\n".join(lines)
             colour = "firebrick" if "far outside" in text else "black"
-            draw.text((4 + i * column, top + column + 22), text, colour)
+            draw.text((4 + i * column, top + body_height + 22), text, colour)
     return picture
 
 
@@ -637,7 +705,8 @@ def walk(cells, ends):
     t = np.linspace(0, 1, 9)
     result = Result("walk_" + "_".join(ends), " to ".join(ends), cells=ends)
     heads = [f"at {v:.2f}" for v in t]
-    result.draw(cells, f"measured: {AREA}", line(*cells.f(rows), t), heads, cells.area, rows, t=t)
+    watched = "".join(np.take(cells.features, cells.area))
+    result.draw(cells, f"measured: {watched}", line(*cells.f(rows), t), heads, cells.area, rows, t=t)
     return result
 
 
@@ -745,17 +814,42 @@ def coupling(cells, n=500):
 
 
 def latents(cells):
-    """The five latent dimensions of largest mean |mu| over the cells, each walked from -2 to 2 sd with the others at 0, measured again.
-    A GAN's noise is alike in every dimension: there the ranking is chance."""
-    size, order, values = rank_latents(cells.f(cells.rows))
+    """The five latent dimensions of largest mean |mu| over the cells, each walked from -2 to 2 sd with the others at 0, measured again:
+    the feature that it goes with best. A GAN's noise is alike in every dimension: there the ranking is chance."""
+    f = cells.f(cells.rows)
+    known = pd.DataFrame(cells.raw(cells.rows))
+    size, order, values = rank_latents(f)
     result = Result("latents", "Latent dimensions by mean |mu|, from -2 to 2 sd, the others at 0",
                     n=len(cells.rows))
     for d in order[:5]:
+        r = known.corrwith(pd.Series(f[:, d])).fillna(0)
+        best = r.abs().argmax()
         z = np.outer(values[d], np.eye(len(size))[d])  # (9, F)
         heads = [f"at {v:.3g}" for v in values[d]]
-        name = f"dimension {d}; measured: {AREA}"
-        result.draw(cells, name, z, heads, cells.area,
-                    value=values[d], dimension=d, mean_size=size[d])
+        name = f"{cells.latent_name(d)}; {cells.features[best]} r {r[best]:.2f}"
+        result.draw(cells, name, z, heads, [best],
+                    value=values[d], dimension=d, mean_size=size[d], r=r[best])
+    return result
+
+
+def imagine(cells, cell=None, structures=None):
+    """A row for each structure: a real cell, the structure imagined in it by draws of the target's latent, and whole cells, both latents
+    drawn. Source: Donovan-Maiye et al. 2022."""
+    row = cells.find(cell)
+    name = cells.table["cell"].iloc[row]
+    result = Result(f"imagine_{name}", f"Structures imagined in cell {name} (left), and in cells sampled", cell=name)
+    real = cells.pictures([row])
+    z = model.noise(cells.G, 2 * IMAGINED, cells.seed)
+    words = [["real cell"]] + [["in this cell"]] * IMAGINED + [["cell sampled"]] * IMAGINED
+    for structure in structures or cells.folder.labels[:12]:
+        inside = cells.imagine(z[:IMAGINED], structure, real)
+        sampled = cells.imagine(z[IMAGINED:], structure)
+        x = torch.cat([real, inside, sampled])
+        result.rows.append((structure, x, words))
+        table = pd.DataFrame(cells.look(x), columns=cells.features)
+        table.insert(0, "row", structure)
+        table.insert(1, "asked", [lines[0] for lines in words])
+        result.records += table.to_dict("records")
     return result
 
 
@@ -888,6 +982,7 @@ def page(result, channels, others, source):
 
 MEASURED = ["sweep", "moa", "dose", "walk", "algebra", "controllability", "coupling"]  # of measurements
 LATENT = ["walk", "algebra", "latents"]  # by a VAE or GAN
+STACKED = ["walk", "latents", "imagine"]  # by a Statistical Cell
 
 
 def number_from_1(text):
@@ -974,7 +1069,15 @@ def parse(argv):
     add("--n", type=number_from_1, default=500,
         help="cells, or all where there are fewer (default 500)")
 
-    command(latents, "the latent dimensions of a VAE or GAN, from -2 to 2 sd")
+    add = command(latents, "the latent dimensions of a VAE or GAN, from -2 to 2 sd")
+    add("--structure",
+        help="of a Statistical Cell: the structure (or treatment) that is drawn (default: the commonest)")
+
+    add = command(imagine, "structures in one real cell, and whole cells sampled (Statistical Cell)")
+    add("--cell",
+        help="the cell, by its name (default: the one closest to the mean of the split)")
+    add("--structures", nargs="+",
+        help="which structures or treatments (default: the first twelve)")
 
     args = parser.parse_args(argv)
     if getattr(args, "pin", []) and args.edit != "free":
@@ -996,12 +1099,16 @@ def main(argv=None):
         raise InputError(f"{checkpoint}: was trained on another prepared folder than {folder.path}; "
                          "give the --data of that run")
     figures = MEASURED if G.takes == "features" else LATENT
+    if G.model == "statcell":
+        figures = STACKED
     if args.command not in figures:
         raise InputError(f"{checkpoint}: {G.model} takes {G.takes}, which {args.command} cannot edit; "
                          f"it can do {figures}")
     if args.table:
         from prepare_bbbc021 import read_table
         cells = TableCells(G, read_table(args.table, G.channels[0]), folder, args.seed)
+    elif G.model == "statcell":
+        cells = StackedCells(G, folder, args.split, args.seed, getattr(args, "structure", None))
     else:
         kind = {"features": Cells, "images": EncodedCells, "noise": NoiseCells}[G.takes]
         cells = kind(G, folder, args.split, args.seed)
@@ -1020,6 +1127,7 @@ def main(argv=None):
         step=G.step,
         split=cells.split,
         seed=args.seed,
+        extractor=cells.extractor,
     ) | {
         "known cells": len(cells.reference.ranked),
         "Ledoit-Wolf shrinkage": cells.reference.shrinkage,

@@ -28,7 +28,7 @@ FORMAT = "cp2image-3"  # of a checkpoint
 OLD_FORMAT = "cp2image-2"  # the same weights; plate-dmso was another normalisation there
 # Columns of a cell beside its features
 ABOUT_A_CELL = "cell field plate well site replicate compound concentration moa x y split".split()
-KINDS = ("cp2image", "sharp", "vae", "vaeplus", "lsgan", "dcgan", "wgan")
+KINDS = ("cp2image", "sharp", "vae", "vaeplus", "lsgan", "dcgan", "wgan", "statcell")
 
 
 class InputError(ValueError):
@@ -490,11 +490,195 @@ def glorot(net):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# The Statistical Cell (Donovan-Maiye et al., "A deep generative model of 3D single-cell organization", PLoS Comput Biol
+# 2022, and its code): what a cell looks like, p(reference), and one structure in it, p(target | reference, label)
+
+LAYERS = {  # by the number of an image's dimensions
+    2: (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, F.avg_pool2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, F.avg_pool3d),
+}
+HALVINGS = 5  # of an image by an encoder
+
+
+class Block(nn.Module):
+    """Maps (B, c_in, ...) -> (B, c_out, ...), half as large or, with up, twice: a residual path beside a short one, and a path
+    for each condition, maps of so many channels of any size. Spectral norm on every layer. Source: DownLayerResidual and
+    UpLayerResidual, which enlarge to the nearest pixel (the text: linearly)."""
+
+    def __init__(self, c_in, c_out, dims, conditions, up):
+        super().__init__()
+        Conv, Transposed, Norm, self.shrink = LAYERS[dims]
+        Resize = Transposed if up else Conv
+        self.up = up
+        self.short = Conv(c_in, c_out, 1)
+        self.conv0 = Resize(c_in, c_in, 4, 2, padding=1)
+        self.bn0 = Norm(c_in)
+        self.conv1 = Conv(c_in, c_out, 3, padding=1)
+        self.bn1 = Norm(c_out)
+        self.conv_told = nn.ModuleList()
+        self.bn_told = nn.ModuleList()
+        for c in conditions:
+            self.conv_told.append(Conv(c, c_out, 1))
+            self.bn_told.append(Norm(c_out))
+        for layer in (self.short, self.conv0, self.conv1, *self.conv_told):
+            parametrizations.spectral_norm(layer)
+
+    def forward(self, h, conditions):                                    # (B, c_in, n, n)
+        if self.up:
+            short = F.interpolate(self.short(h), scale_factor=2)         # (B, c_out, 2 n, 2 n)
+        else:
+            short = self.short(self.shrink(h, 2))                        # (B, c_out, n / 2, n / 2)
+        h = F.relu(self.bn0(self.conv0(h)))
+        h = self.bn1(self.conv1(h))
+        h = h + short
+        for told, layer, norm in zip(conditions, self.conv_told, self.bn_told):
+            told = F.interpolate(told, h.shape[2:])
+            told = F.relu(norm(layer(told)))
+            h = h + told
+        return h
+
+
+class ConditionalVAE(nn.Module):
+    """A beta-VAE of images (B, n_channels, *shape), 2D or 3D, given conditions: images of so many channels. Images are padded
+    by zeros to multiples of 32, and what is drawn is cut back."""
+
+    def __init__(self, n_channels, shape, conditions=(), width=32, latent=512):
+        super().__init__()
+        self.shape = tuple(shape)
+        whole = 2 ** HALVINGS
+        self.coarse = []                                                 # sides of the smallest maps
+        self.pads = []                                                   # before and behind, the last dimension first
+        for side in shape:
+            pixels = math.ceil(side / whole)
+            missing = whole * pixels - side
+            before = missing // 2
+            self.coarse.append(pixels)
+            self.pads = [before, missing - before, *self.pads]
+        dims = len(shape)
+        widths = [width * 2 ** i for i in range(HALVINGS)]               # 32, 64, 128, 256, 512
+        inputs = [n_channels, *widths]
+        self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
+        for a, b in zip(inputs, widths):
+            self.down.append(Block(a, b, dims, conditions, up=False))
+            self.up.insert(0, Block(b, a, dims, conditions, up=True))
+        flat = widths[-1] * math.prod(self.coarse)
+        self.mean = nn.Linear(flat, latent)
+        self.log_var = nn.Linear(flat, latent)
+        self.dense = nn.Linear(latent, flat)
+        self.bn = LAYERS[dims][2](widths[-1])
+        for layer in (self.mean, self.log_var, self.dense):
+            parametrizations.spectral_norm(layer)
+
+    def encode(self, x, conditions=()):
+        """Images in 0..1 -> means and log variances of the latent, (B, latent) each."""
+        h = F.pad(x, self.pads)                                          # (B, C, 96, 96) from 68
+        for block in self.down:
+            h = F.relu(block(h, conditions))                             # (B, 32, 48, 48) ... (B, 512, 3, 3)
+        h = h.flatten(1)
+        mean = self.mean(h)
+        log_var = self.log_var(h)
+        return mean, log_var
+
+    def decode(self, z, conditions=()):
+        """Latent vectors (B, latent) -> images, 0 or more."""
+        h = self.dense(z)
+        h = h.unflatten(1, (-1, *self.coarse))                           # (B, 512, 3, 3)
+        h = F.relu(self.bn(h))
+        for block in self.up[:-1]:
+            h = F.relu(block(h, conditions))                             # (B, 256, 6, 6) ... (B, 32, 48, 48)
+        x = self.up[-1](h, conditions)                                   # (B, C, 96, 96)
+        x = F.softplus(x)
+        cut = [-pad for pad in self.pads]
+        return F.pad(x, cut)                                             # (B, C, 68, 68)
+
+
+class StatCell(nn.Module):
+    """Two stacked conditional VAEs of images (B, C, *shape) in 0..1, 2D or 3D: the channels `reference` (places: nucleus and cell),
+    and the channels `target` given the reference and a label (B, labels), one-hot. Latent vectors are of both, the reference's
+    `half` first. 22,279,054 parameters of the reference in 2D (160 x 96), 122,627,829 of both in 3D (160 x 96 x 64, 24 labels)."""
+    takes = "images"
+
+    def __init__(self, shape, reference, target, labels, width=32, latent=512):
+        super().__init__()
+        self.places = [list(reference), list(target)]
+        mine = [*reference, *target]
+        self.order = [mine.index(place) for place in sorted(mine)]
+        self.half = latent
+        self.latent = 2 * latent
+        self.labels = labels
+        self.reference = ConditionalVAE(len(reference), shape, (), width, latent)
+        conditions = len(reference), labels
+        self.target = ConditionalVAE(len(target), shape, conditions, width, latent)
+
+    def parts(self, x):
+        """Images of all channels -> reference and target."""
+        reference, target = self.places
+        return x[:, reference], x[:, target]
+
+    def whole(self, reference, target):
+        """Reference and target -> images of all channels, in the folder's order."""
+        x = torch.cat([reference, target], 1)
+        return x[:, self.order]
+
+    def told(self, reference, label):
+        """The target's conditions: the reference, and the label as an image of one pixel."""
+        while label.ndim < reference.ndim:
+            label = label[..., None]
+        return reference, label
+
+    def encode(self, x, label):
+        """Means and log variances of both latents, (B, 2 latent) each."""
+        reference, target = self.parts(x)
+        of_reference = self.reference.encode(reference)
+        of_target = self.target.encode(target, self.told(reference, label))
+        return tuple(torch.cat(both, 1) for both in zip(of_reference, of_target))
+
+    def decode(self, z, label, x=None):
+        """Whole cells of latent vectors; with real images x the structure is imagined in their reference, which stays."""
+        z, z_t = z.split(self.half, 1)
+        if x is None:
+            reference = self.reference.decode(z)
+        else:
+            reference, _ = self.parts(x)
+        target = self.target.decode(z_t, self.told(reference, label))
+        return self.whole(reference, target)
+
+    def forward(self, x, label, noise=None):                             # (B, C, ...), (B, labels)
+        """A reconstruction from the latent means; the target is given the real reference. With `noise` (B, 2 latent), standard
+        normal, as training does: (reconstruction of a draw, means, log variances)."""
+        mean, log_var = self.encode(x, label)
+        z = mean
+        if noise is not None:
+            z = mean + noise * (0.5 * log_var).exp()
+        imagined = self.decode(z, label, x)                              # in the real reference
+        _, target = self.parts(imagined)
+        reference = self.reference.decode(z[:, :self.half])
+        x_fake = self.whole(reference, target)
+        if noise is None:
+            return x_fake
+        return x_fake, mean, log_var
+
+    def terms(self, x, label, noise):
+        """What Eq 3 weighs, of the reference and of the target, (B, 2) each: summed squared error (distortion) and KL divergence
+        (rate). The ELBO is minus their sum."""
+        x_fake, mean, log_var = self(x, label, noise)
+        error = (x - x_fake).square().flatten(2).sum(2)                  # (B, C)
+        kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var)         # (B, 2 latent)
+        reference, target = self.parts(error)
+        recon = torch.stack([reference.sum(1), target.sum(1)], 1)
+        reference, target = kl.chunk(2, 1)
+        kl = torch.stack([reference.sum(1), target.sum(1)], 1)
+        return recon, kl
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Which networks a model has. A student's own: a class above, its name in KINDS, and a line in build_generator
 
 
-def build_generator(kind, n_features, n_channels=3, size=SIZE, latent=256):
-    """The generator of a model. It `takes` "features" (B, n_features), "images" or "noise" (B, latent), and draws images."""
+def build_generator(kind, n_features, n_channels=3, size=SIZE, latent=256, stacked=None):
+    """The generator of a model. It `takes` "features" (B, n_features), "images" or "noise" (B, latent), and draws images.
+    stacked: the arguments of a StatCell."""
     if kind == "cp2image":
         return Generator(n_features, n_channels, size)
     if kind == "sharp":
@@ -503,37 +687,42 @@ def build_generator(kind, n_features, n_channels=3, size=SIZE, latent=256):
         return VAE(latent, n_channels, size)
     if kind in ("lsgan", "dcgan", "wgan"):
         return NoiseGenerator(n_channels, size)
+    if kind == "statcell":
+        return StatCell(**stacked, latent=latent)
     raise InputError(f"model {kind!r}: expected one of {', '.join(KINDS)}")
 
 
 def build_discriminator(kind, n_features, n_channels=3, size=SIZE, spectral_norm=True):
-    """The discriminator of a model: CytoGAN's for its GANs, none for the VAE, Sharp's own, for all others CP2Image's learned metric."""
+    """The discriminator of a model: CytoGAN's for its GANs, none for plain VAEs, Sharp's own, for all others CP2Image's learned metric."""
     if kind == "sharp":
         return SharpCritic(n_features, n_channels, size)
     if kind in ("lsgan", "dcgan", "wgan"):
         return NoiseDiscriminator(n_channels, size)
-    if kind == "vae":
+    if kind in ("vae", "statcell"):
         return None
     return Discriminator(n_channels, spectral_norm)
 
 
-def networks(kind, n_features, n_channels=3, size=SIZE, spectral_norm=True, latent=256, seed=0):
+def networks(kind, n_features, n_channels=3, size=SIZE, spectral_norm=True, latent=256, seed=0, stacked=None):
     """Generator and discriminator (None: it has none) of a model, each initialised from a random stream of its own.
     InputError where pictures are too small for four 5x5 convolutions and three halvings, which end at 1 pixel from 68."""
-    if size < SIZE and kind not in ("sharp", "lsgan", "dcgan", "wgan"):
+    if size < SIZE and kind not in ("sharp", "lsgan", "dcgan", "wgan", "statcell"):
         raise InputError(f"model {kind}: pictures of {size} x {size} pixels, its layers need {SIZE} or more; "
                          "prepare larger ones, or train lsgan, dcgan or wgan")
     torch.manual_seed(seed)
-    G = build_generator(kind, n_features, n_channels, size, latent)
+    G = build_generator(kind, n_features, n_channels, size, latent, stacked)
     torch.manual_seed(seed + 1)
     D = build_discriminator(kind, n_features, n_channels, size, spectral_norm)
     return G, D
 
 
 def draw(G, f, x, z):
-    """What a generator draws of the same cells: from f (B, F) standardised, images x in 0..1 or noise z (B, latent)."""
+    """What a generator draws of the same cells: from f (B, F) standardised, images x in 0..1 or noise z (B, latent). Of a
+    StatCell f are labels."""
     if isinstance(G, SharpGenerator):
         return G(f, z)
+    if isinstance(G, StatCell):
+        return G(x, f)
     return G({"features": f, "images": x, "noise": z}[G.takes])
 
 
@@ -595,7 +784,8 @@ def build(state):
     spectral_norm = settings["spectral_norm"] == "on"
     with torch.random.fork_rng(devices=[]):
         size = state.get("size", SIZE)
-        return networks(state["model"], n_features, n_channels, size, spectral_norm, settings["latent"])
+        return networks(state["model"], n_features, n_channels, size, spectral_norm, settings["latent"],
+                        stacked=state.get("stacked"))
 
 
 def load_weights(net, weights, path):
@@ -628,6 +818,7 @@ def load(path, device="cpu"):
         setattr(G, name, state[name])
     G.missing = getattr(G, "missing", False)  # whether measurements may be missing
     G.size = state.get("size", SIZE)
+    G.label_names = state.get("labels")  # of a StatCell
     G.centre = state["centre"].double()
     G.scale = state["scale"].double()
     G.device = torch.device(device)
@@ -656,14 +847,17 @@ def noise(G, cells, seed=0):
 
 
 @torch.no_grad()
-def sample(G, n, seed=0, batch=256):
-    """n free samples of a model with a latent space (VAE, GANs): (n, C, S, S) in 0..1 on the CPU."""
+def sample(G, n, seed=0, batch=256, label=None):
+    """n free samples of a model with a latent space (VAEs, GANs), of a StatCell with this label (1, labels): (n, C, S, S) in 0..1
+    on the CPU."""
     if G.takes == "features":
         raise InputError("this model draws cells from their measurements, not from noise; use generate")
     parts = []
     for start in range(0, n, batch):
         some = range(start, min(n, start + batch))
-        x = G.decode(noise(G, some, seed).to(G.device))
+        z = noise(G, some, seed).to(G.device)
+        told = () if label is None else (label.expand(len(z), -1),)
+        x = G.decode(z, *told)
         parts.append(x.clamp(0, 1).cpu())
     return torch.cat(parts)
 

@@ -6,6 +6,7 @@
         --image-csv BBBC021_v1_image.csv --moa BBBC021_v1_moa.csv --out real/          # whole fields (BBBC021 or your own)
     python prepare_bbbc021.py --images DIR --out real/                                 # fields alone: cells are measured here
     python prepare_bbbc021.py --simulate --write-release DIR                           # fields and tables to try that on
+    python prepare_bbbc021.py --simulate 700 --depth 16 --size 32 --out stacks/        # z-stacks with one of several structures
 
 Work goes to OUT.partial and becomes OUT when it is whole; an interrupted preparation starts again. Only measuring fields, which
 takes hours, goes on where it was: OUT.measured holds a folder for each field that is done.
@@ -863,6 +864,104 @@ def simulation(n, seed, channels, size, keep):
     )
 
 
+# For the Statistical Cell: nucleus and cell as solids, and between them in one channel one of these. A drug scatters the envelope
+
+SOLID_CHANNELS = ["DAPI", "Structure", "Actin"]
+STRUCTURES = ("nucleoli", "envelope", "membrane", "scattered", "blank", "copy of DAPI", "copy of Actin")
+DRUG = "brefeldin"
+
+
+def solids(n, seed, size, depth, keep):
+    """n simulated cells in z-stacks of depth x size x size pixels; depth 1: flat, their middle planes."""
+    random = np.random.default_rng([seed, 4])
+    table = pd.DataFrame({"Nuclei_AreaShape_Orientation": random.uniform(-90, 90, n)})      # of nucleus and cell
+    for name, length in (("Nuclei", 0.36), ("Cells", 0.76)):                                # shares of the patch
+        factor = np.exp(random.normal(0, 0.1, n))
+        longest = length * size * factor
+        table[f"{name}_AreaShape_MajorAxisLength"] = longest
+        table[f"{name}_AreaShape_MinorAxisLength"] = longest * random.uniform(0.7, 1, n)
+    table["Nuclei_Intensity_MeanIntensity_DAPI"] = random.uniform(0.3, 0.7, n)
+    names, dropped, _ = sort_columns(table.columns, keep)
+    cells = pd.DataFrame({"cell": "solid" + table.index.astype(str)})
+    cells["field"] = cells["cell"]
+    cells["plate"] = random.choice(["sim1", "sim2", "sim3", "sim4"], n)
+    cells["compound"] = random.choice([DRUG, SOLVENT], n)
+    cells["well"] = cells["compound"].map({DRUG: "B02", SOLVENT: "B03"})
+    cells[["site", "replicate", "concentration", "moa"]] = "1", "1", 5.0, "envelope disruptor"
+    cells["structure"] = random.choice(STRUCTURES, n)
+    told = table.join(cells)
+    jobs = [(rows, told.iloc[rows]) for rows in in_chunks(np.arange(n))]
+    read = partial(read_solids, seed=seed, size=size, depth=depth)
+    return Source(cells, names, table[names].to_numpy(np.float32), dropped, [], jobs, read)
+
+
+def read_solids(table, wanted, seed, size, depth):
+    """Patches of one job. A cell's depends on the seed and its own number alone."""
+    patches = []
+    for number, row in table.iloc[wanted].iterrows():
+        random = np.random.default_rng([seed, 5, number])
+        picture = draw_solid(row, random, size, depth)
+        if depth == 1:
+            picture = picture[:, 0]
+        patches.append(picture)
+    levels = np.stack(patches).clip(0, 1)
+    levels = levels * FULL_SCALE
+    return levels.astype(np.uint16), {}
+
+
+def draw_solid(row, random, size, depth):
+    """A cell of the parameters `row`: (3, depth, size, size) in 0..1, see SOLID_CHANNELS."""
+    z, y, x = np.indices((depth, size, size), sparse=True)
+    z = z - (depth - 1) / 2
+    y = y - (size - 1) / 2
+    x = x - (size - 1) / 2
+    turn = np.radians(row["Nuclei_AreaShape_Orientation"])
+    along = y * np.cos(turn) + x * np.sin(turn)
+    across = x * np.cos(turn) - y * np.sin(turn)
+
+    def radius(name, height):
+        """How far each pixel is from the middle, 1 at the surface."""
+        a = row[f"{name}_AreaShape_MajorAxisLength"] / 2
+        b = row[f"{name}_AreaShape_MinorAxisLength"] / 2
+        return np.sqrt((along / a) ** 2 + (across / b) ** 2 + (z / height) ** 2)
+
+    def shell(q):
+        return np.exp(-((q - 1) / 0.12) ** 2)
+
+    def blobs(k, where):
+        """k round spots, at pixels by chance, as likely as `where`."""
+        chance = where.ravel() / where.sum()
+        spots = np.zeros(where.size)
+        spots[random.choice(where.size, k, p=chance)] = 1
+        wide = size / 34 * (np.array(where.shape) > 1)
+        spots = ndi.gaussian_filter(spots.reshape(where.shape), wide)
+        return spots / spots.max()
+
+    q_nucleus = radius("Nuclei", 0.28 * depth)
+    q_cell = radius("Cells", 0.46 * depth)
+    nucleus = np.clip((1 - q_nucleus) * 5 + 0.5, 0, 1)
+    cell = np.clip((1 - q_cell) * 10 + 0.5, 0, 1)
+    dapi = nucleus * row["Nuclei_Intensity_MeanIntensity_DAPI"]
+    actin = 0.2 * cell + 0.5 * shell(q_cell)
+    blank = np.zeros_like(cell)
+    structures = {
+        "nucleoli": blobs(4, nucleus ** 4),
+        "envelope": shell(q_nucleus),
+        "membrane": shell(q_cell),
+        "scattered": blobs(20, cell * (1 - nucleus) + 1e-9),
+    }
+    kind = row["structure"]
+    if kind == "envelope" and row["compound"] == DRUG:
+        kind = "scattered"
+    picture = np.stack([dapi, structures.get(kind, blank), actin])
+    picture += np.abs(random.normal(0, 0.01, picture.shape))            # the camera
+    if kind == "blank":
+        picture[1] = 0
+    if kind.startswith("copy"):
+        picture[1] = picture[0 if kind.endswith("DAPI") else 2]
+    return picture
+
+
 def read_simulated(what, wanted, order, size):
     """Patches of one field. All its cells are drawn, also those that are not wanted: a picture does not depend on --exclude."""
     table, x, y, seed = what
@@ -1409,8 +1508,9 @@ def white_levels(path, rows):
     return white.clip(1).tolist()
 
 
-def write_folder(work, source, cells, stay, channels, size, options, workers, skip_bad):
-    """Writes the prepared folder `work` of those cells (a frame like source.cells, completed) that `stay` (N,) bool.
+def write_folder(work, source, cells, stay, channels, shape, options, workers, skip_bad):
+    """Writes the prepared folder `work` of those cells (a frame like source.cells, completed) that `stay` (N,) bool. shape: of a
+    channel's patch, (S, S) or (D, S, S).
     options: split, normalise, drop_duplicates, seed, and whatever else describes the call."""
     shutil.rmtree(work, ignore_errors=True)             # of a preparation that was interrupted
     work.mkdir(parents=True)
@@ -1420,8 +1520,8 @@ def write_folder(work, source, cells, stay, channels, size, options, workers, sk
     lacking = cells["cell"][stay & ~measured]
     for line in listed(lacking, "cells without measurements dropped"):
         print(line)
-    shape = len(channels), size, size
-    rows, bad = write_patches(work / "patches.npy", source, stay & measured, shape, workers, skip_bad)
+    target = work / "patches.npy"
+    rows, bad = write_patches(target, source, stay & measured, (len(channels), *shape), workers, skip_bad)
     if bad:
         print(f"{len(bad)} bad patches skipped, first: {bad[0]}")
     if not len(rows):
@@ -1429,7 +1529,7 @@ def write_folder(work, source, cells, stay, channels, size, options, workers, sk
     cells = cells.iloc[rows].reset_index(drop=True)
     cells["split"] = split_cells(cells, options["split"], options["seed"])
     train = np.flatnonzero(cells["split"] == "train")
-    white = white_levels(work / "patches.npy", train)
+    white = white_levels(target, train)
 
     # Features that stay
     values = source.values[rows]
@@ -1446,7 +1546,10 @@ def write_folder(work, source, cells, stay, channels, size, options, workers, sk
     _, centre, scale = np.compress(kept, moments, 1)
     imputed, clipped = fill_missing(values, names, centre, scale)
     np.save(work / "features.npy", values)
-    write_csv(cells[CELL_COLUMNS], work / "cells.csv")
+    columns = CELL_COLUMNS
+    if "structure" in cells:
+        columns = [*columns, "structure"]
+    write_csv(cells[columns], work / "cells.csv")
 
     counts = count(cells)
     counts["unmeasured_cells"] = len(lacking)
@@ -1454,7 +1557,8 @@ def write_folder(work, source, cells, stay, channels, size, options, workers, sk
     meta = {
         "format": data.FORMAT,
         "channels": channels,
-        "size": size,
+        "size": shape[-1],
+        "depth": shape[0] if len(shape) == 3 else 1,
         "features": names,
         "centre": centre.tolist(),
         "scale": scale.tolist(),
@@ -1552,6 +1656,8 @@ def parse(argv):
              "%(default)s)")
     add("--size", type=positive, default=SIZE, metavar="PIXELS",
         help="side of a patch (default %(default)s); that of the files with --crops")
+    add("--depth", type=positive, metavar="PIXELS",
+        help="with --simulate: z-stacks of nucleus, cell and one of several structures (1: flat ones), for the Statistical Cell")
     add("--moa", metavar="FILE",
         help="BBBC021_v1_moa.csv: mechanisms by compound and dose (default: the metadata's own)")
     add("--columns", metavar="REGEX",
@@ -1575,6 +1681,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.write_release and not args.simulate:
         parser.error("--write-release DIR goes with --simulate")
+    if args.depth and (args.write_release or not args.simulate):
+        parser.error("--depth goes with --simulate and --out")
     if args.crops and not args.features:
         parser.error("--crops needs --features TABLE: CellProfiler measurements")
     known = args.stored_order if args.crops else CHANNELS
@@ -1596,7 +1704,10 @@ def main(argv=None):
         return
 
     moa = data.read_moa(args.moa) if args.moa else None
-    if args.simulate:
+    if args.depth:
+        args.channels = SOLID_CHANNELS
+        source = solids(args.simulate, args.seed, args.size, args.depth, args.columns)
+    elif args.simulate:
         source = simulation(args.simulate, args.seed, args.channels, args.size, args.columns)
     elif args.crops:
         source = crops(args.crops, args.features, args.channels, args.stored_order, args.size, args.columns)
@@ -1627,6 +1738,9 @@ def main(argv=None):
     for name in ("out", "workers", "write_release"):
         del options[name]
     work = out.with_name(out.name + ".partial")
+    shape = args.size, args.size
+    if (args.depth or 1) > 1:
+        shape = args.depth, *shape
     try:
         write_folder(
             work,
@@ -1634,7 +1748,7 @@ def main(argv=None):
             cells,
             stay,
             args.channels,
-            args.size,
+            shape,
             options,
             args.workers,
             args.skip_bad,

@@ -8,7 +8,7 @@ Contents, as words for `pytest -k`
     simulated, crops, split, fields, tiff, refused               prepare_bbbc021.py; export: CellProfiler's exports
     inception, frechet, kid, nsc, profiles, judged, features     evaluate.py
     figures, sweep, controllability, coupling, algebra           interpolate.py
-    cuda                                                         first thing to run on a GPU
+    statcell    the Statistical Cell, through all files          cuda        first thing to run on a GPU
 LONG=1 adds checks of minutes. Every tolerance has its reason beside it.
 """
 from concurrent.futures import ProcessPoolExecutor
@@ -1294,6 +1294,193 @@ def test_each_file_lifts_out_alone(file, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The Statistical Cell: pytest -k statcell
+
+
+def simulate_solids(out, n, depth, *more):
+    prepare.main(["--simulate", str(n), "--depth", str(depth), "--size", "16", "--out", str(out), "--workers", "1", *more])
+    return data.open_folder(out)
+
+
+def run_statcell(path, run, *more, width=2, steps=3):
+    return run_train(path, run, "--model", "statcell", "--width", str(width), "--latent", "4", *more, steps=steps)
+
+
+@pytest.fixture(scope="module")
+def solid_run(tmp_path_factory):
+    """A folder of 250 z-stacks and a run of three steps on it. Three halvings of 16 pixels, not five."""
+    path = tmp_path_factory.mktemp("solids")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "HALVINGS", 3)
+        simulate_solids(path / "stacks", 250, 8)
+        run_statcell(path / "stacks", path / "run")
+    return path / "stacks", path / "run"
+
+
+@pytest.fixture
+def three_halvings(monkeypatch):
+    monkeypatch.setattr(model, "HALVINGS", 3)
+
+
+def test_statcell_has_the_published_numbers_of_parameters():
+    with torch.device("meta"):
+        flat = model.ConditionalVAE(2, (160, 96))
+        pair = model.StatCell((160, 96, 64), [0, 2], [1], 24)
+    assert model.count_parameters(flat) == 22_279_054 and model.count_parameters(pair) == 122_627_829
+
+
+@pytest.mark.parametrize("shape", [(16, 20), (7, 16, 20)])
+def test_statcell_is_two_vaes_of_which_one_is_told_the_other(shape, three_halvings):
+    """Its channels keep their places; what is imagined in a real cell keeps the cell; reference and label reach the target only."""
+    torch.manual_seed(0)
+    G = model.StatCell(shape, [2, 0], [1], 3, width=2, latent=4).eval()
+    x, label = torch.rand(2, 3, *shape), torch.eye(3)[:2]
+    z = torch.randn(2, 8)
+    drawn, inside = G.decode(z, label), G.decode(z, label, x)
+    assert drawn.shape == inside.shape == x.shape and (drawn >= 0).all()
+    assert torch.equal(inside[:, [0, 2]], x[:, [0, 2]]) and not torch.allclose(inside[:, 1], drawn[:, 1])
+    other = G.decode(z, label.flip(0))
+    assert torch.equal(other[:, [0, 2]], drawn[:, [0, 2]]) and not torch.allclose(other[:, 1], drawn[:, 1])
+    mean, log_var = G.encode(x, label)
+    swapped, _ = G.encode(torch.cat([x[:, :2], x[:, 2:].flip(0)], 1), label)
+    assert mean.shape == log_var.shape == (2, 8) and not torch.allclose(mean[:, 4:], swapped[:, 4:])
+    assert torch.allclose(G(x, label)[:, [0, 2]], G.decode(mean, label)[:, [0, 2]])
+
+
+def test_statcell_step_is_eq_3(monkeypatch):
+    """Squared errors of 0.1 and 0.2 on 10 pixels; KL of means 1 and 2 in four dimensions each: m^2 / 2 a dimension."""
+    G = model.StatCell((2, 5), [0, 2], [1], 2, width=2, latent=4)
+    error = torch.tensor([0.1, 0.2, 0.1])[:, None, None].expand(3, 2, 5)
+    mean = torch.tensor([1.0] * 4 + [2.0] * 4)
+    scale = nn.Parameter(torch.ones(()))
+    monkeypatch.setattr(G, "forward", lambda x, label, noise: (x + scale * error, mean.expand(len(x), -1), torch.zeros(len(x), 8)))
+    monkeypatch.setattr(G, "parameters", lambda: [scale])
+    G.kernels = []
+    terms = train.statcell_step(G, None, torch.optim.SGD([scale], 1.0), None, torch.eye(2), torch.rand(2, 3, 2, 5), None, None, beta=0.25)
+    expected = {"recon": 0.2, "kl": 2, "recon_target": 0.4, "kl_target": 8, "loss_g": 2 * (0.75 * 0.6 + 0.25 * 10)}
+    assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected, rel=1e-4)
+    assert scale.item() == pytest.approx(1 - 2 * 0.75 * 2 * 0.6, rel=1e-4)  # its gradient, 2 (1 - beta) 2 recon
+
+
+def test_statcell_stacks_show_what_they_are_said_to(tmp_path):
+    """Copies are copies, a blank is blank, nucleoli lie in the nucleus, the drug scatters the envelope and nothing else."""
+    folder = simulate_solids(tmp_path / "stacks", 200, 8)
+    assert folder.patches.shape == (200, 3, 8, 16, 16) and list(folder.labels) == sorted(prepare.STRUCTURES)
+    x = folder.patches[:].astype(float)
+    dapi, target, actin = x[:, 0], x[:, 1], x[:, 2]
+    inside = dapi > dapi.max((1, 2, 3), keepdims=True) / 2
+    share = (target * inside).sum((1, 2, 3)) / target.sum((1, 2, 3)).clip(1)
+    kind = folder.cells["structure"]
+    drugged = folder.cells["compound"] == prepare.DRUG
+    assert np.array_equal(dapi[kind == "copy of DAPI"], target[kind == "copy of DAPI"])
+    assert np.array_equal(actin[kind == "copy of Actin"], target[kind == "copy of Actin"]) and not target[kind == "blank"].any()
+    assert share[kind == "nucleoli"].min() > 1.5 * share[kind == "membrane"].max()
+    envelope = kind == "envelope"
+    assert share[envelope & ~drugged].min() > share[envelope & drugged].max()
+    assert abs(np.median(share[(kind == "nucleoli") & drugged]) - np.median(share[(kind == "nucleoli") & ~drugged])) < 0.1
+    picture = data.composite(torch.rand(2, 3, 8, 16, 20))
+    assert picture.shape == (2, 16, 28, 3)
+
+
+def test_statcell_features_by_hand():
+    """A disc, a ball, an ellipsoid: outlines within 2 % of the closed form (pixels are square); two levels hold one bit."""
+    y, x = np.indices((60, 60)) - 29.5
+    disc = np.clip(20 - np.hypot(y, x) + 0.5, 0, 1)
+    two = np.where(x > 0, 0.6, 0.9) * (disc > 0.5)
+    size, surface, round_, median, mean, sd, entropy = data.seven_features(np.stack([disc, two])).T
+    assert np.allclose(size, np.pi * 400, rtol=0.02) and np.allclose(surface, 40 * np.pi, rtol=0.02) and np.allclose(round_, 1, atol=0.02)
+    assert median[0] == 1 and mean[1] == pytest.approx(0.75, abs=0.01) and sd[1] == pytest.approx(0.15, abs=0.02) and entropy[1] == pytest.approx(1, abs=0.1)
+    z, y, x = np.indices((60, 60, 60)) - 29.5
+    balls = [np.clip(20 - np.sqrt(z ** 2 + y ** 2 + (k * x) ** 2) + 0.5, 0, 1) for k in (1, 2)]
+    size, surface, round_ = data.seven_features(np.stack(balls))[:, :3].T
+    assert np.allclose(size, 4 / 3 * np.pi * 8000 * np.array([1, 0.5]), rtol=0.02)
+    oblate = 2 * np.pi * 400 * (1 + 0.25 / np.sqrt(0.75) * np.arctanh(np.sqrt(0.75)))
+    assert np.allclose(surface, [4 * np.pi * 400, oblate], rtol=0.03) and round_[1] < 0.95 < round_[0]
+    assert np.isnan(data.seven_features(np.zeros((1, 9, 9)))).all()
+
+
+def test_statcell_coupling_by_hand():
+    """Eq 4: an ELBO of -10 that another nucleus makes -40 and another cell -20; Eq 5; neither for one that follows neither."""
+    assert np.allclose(evaluate.couplings(np.array([10.0]), np.array([[40.0], [20.0]])).ravel(), [0.75, 0.5, -0.2])
+    assert np.isnan(evaluate.couplings(np.array([10.0]), np.array([[10.1], [9.9]]))[2]).all()
+
+
+def test_statcell_shift_is_found_where_there_is_one_only(tmp_path):
+    """Latents of chance, and of a treatment that moves the target by 3 in one of four dimensions."""
+    folder = simulate_solids(tmp_path / "flat", 400, 1)
+    rows = np.arange(400)
+    z = np.random.default_rng(0).normal(size=(2, 400, 4))
+    moved = (folder.cells["structure"] == "envelope") & (folder.cells["compound"] == prepare.DRUG)
+    z[1, moved, 0] += 3
+    report = evaluate.Report(0)
+    evaluate.add_shifts(report, folder, rows, dict(zip(evaluate.MODELS, z)))
+    table = report.table().set_index(["who", "quantity"])
+    beyond = table["value"] > table["high"] * 1.5
+    assert list(table.index[beyond]) == [("envelope brefeldin 5", "shift of target")]
+    assert 2.5 < table["value"]["envelope brefeldin 5", "shift of target"] < 4  # 3, and what chance adds
+    _, five = report.arrows["envelope brefeldin 5"]
+    assert (np.diff(z[1, five, 0]) > 0).all()
+
+
+@pytest.mark.parametrize("depth, width", [(1, 4), (8, 8)])
+def test_statcell_learns_and_couples_as_its_controls_do(depth, width, tmp_path, three_halvings):
+    """150 steps: the ELBO is above the start's, a copied reference couples to itself only, a blank to none."""
+    (tmp_path / "no.csv").write_text("structure\nnucleoli\nenvelope\nmembrane\nscattered\n")
+    folder = simulate_solids(tmp_path / "out", 600, depth, "--exclude", str(tmp_path / "no.csv"))
+    run = tmp_path / "run"
+    train.main(["--data", str(tmp_path / "out"), "--run", str(run), "--model", "statcell", "--width", str(width), "--latent", "4",
+                "--lr-g", "5e-3", "--steps", "150", "--val-every", "75", "--log-every", "1000", "--sample-every", "1000", "--device", "cpu"])
+    lost = read_log(run)["val_elbo_lost"].dropna().to_numpy()
+    assert lost[1] < 0.8 * lost[0]
+    G = evaluate.open_run(folder, run, "cpu")
+    rows = np.concatenate([folder.rows("val"), folder.rows("test")])
+    report = evaluate.judge_statcell(G, folder, rows, 0, torch.device("cpu"))
+    found = report.table().pivot(index="who", columns="quantity", values="value")
+    own = [found["coupling to DAPI"]["copy of DAPI"], found["coupling to Actin"]["copy of Actin"]]
+    others = [found["coupling to Actin"]["copy of DAPI"], found["coupling to DAPI"]["copy of Actin"], *found.loc["blank"].filter(like="coupling")]
+    assert min(own) > 0.1 and np.abs(others).max() < 0.08
+    assert found["ELBO"]["reference"] == pytest.approx(-found["rate"]["reference"] - found["distortion"]["reference"])
+    assert found["share r > 0.5"]["reconstructed"] > 0.2
+
+
+@pytest.mark.parametrize("flags", [[], ["--ema", "0.5", "--beta", "0.2"]])
+def test_statcell_run_resumes_bit_for_bit_on_flat_cells(flags, folder_path, tmp_path):
+    """Its labels are the treatments there; what does not fit is refused."""
+    state = resumes_exactly(folder_path, tmp_path, "--model", "statcell", "--width", "2", "--latent", "4", *flags)
+    assert state["stacked"]["reference"] == [0, 2] and len(state["labels"]) == len(data.open_folder(folder_path).treatments)
+    assert (tmp_path / "whole/best.pt").is_file()
+    for channels in ("DAPI,Actin,Tubulin", "DAPI,Golgi"):
+        refuses(f"--reference {channels} .* expected each of the channels", run_train, folder_path, tmp_path / "no", "--model", "statcell",
+                "--reference", channels)
+
+
+def test_statcell_run_on_stacks(solid_run, tmp_path, three_halvings, capsys):
+    """Resumes; other models refuse stacks; it is judged, walked and imagined by the commands."""
+    path, run = solid_run
+    whole = model.read_checkpoint(run / "last.pt")
+    run_statcell(path, tmp_path / "part", steps=2)
+    assert equal_states(whole, run_statcell(path, tmp_path / "part", "--resume"))
+    refuses("z-stacks; train --model statcell", run_train, path, tmp_path / "no")
+    refuses("--dims 2: the patches of .* have 3", run_statcell, path, tmp_path / "no", "--dims", "2")
+    evaluate.main(["--data", str(path), "--run", str(run), "--split", "train", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "R2 of feature component 1" in out and "coupling to Actin" in out
+    assert {"metrics.json", "features.csv", "latents.csv", "shift.png", "grid.png"} <= {p.name for p in tmp_path.iterdir()}
+    base = ["--data", str(path), "--run", str(run), "--split", "all", "--out", str(tmp_path)]
+    interpolate.main(["latents", *base, "--structure", "membrane"])
+    walks = pd.read_csv(tmp_path / "latents.csv")
+    assert len(walks) == 5 * 9 and walks["row"][0].startswith(("reference", "target"))
+    interpolate.main(["imagine", *base, "--structures", "blank", "membrane"])
+    table = pd.read_csv(next(tmp_path.glob("imagine*.csv")))
+    inside = table[table["asked"] == "in this cell"].filter(regex="DAPI|Actin")
+    assert len(inside) == 8 and np.allclose(inside, inside.iloc[0], equal_nan=True) and len(table) == 18
+    refuses("golgi: not a structure", interpolate.main, ["latents", *base, "--structure", "golgi"])
+    refuses("takes images, which sweep cannot edit", interpolate.main, ["sweep", *base])
+    G = model.load(run / "last.pt")
+    assert model.sample(G, 3, label=torch.eye(7)[:1]).shape == (3, 3, 8, 16, 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # On a GPU
 
 
@@ -1318,8 +1505,9 @@ def test_cuda_trains_and_the_cpu_draws_alike(kind, flags, folder_path, tmp_path)
         G = model.load(tmp_path / "cuda/last.pt", device)
         width = 28 if G.takes == "features" else G.latent
         z = torch.from_numpy(hash_uniform("z", 4, width)).float()
+        told = [torch.eye(len(G.label_names), device=device)[:4]] if kind == "statcell" else []
         with torch.no_grad():
-            pictures.append(getattr(G, "decode", G)(z.to(device)).cpu())
+            pictures.append(getattr(G, "decode", G)(z.to(device), *told).cpu())
     assert (pictures[0] - pictures[1]).abs().max() < 1e-4
 
 

@@ -1,11 +1,12 @@
-"""Train CP2Image (or Sharp, or a baseline) on a prepared folder: it learns to draw a cell from its CellProfiler measurements.
+"""Train CP2Image (or Sharp, a baseline, the Statistical Cell) on a prepared folder: it learns to draw a cell from its measurements.
 
     python train.py --data out/ --steps 300
-    python train.py --data out/ --model sharp                    # or vaeplus, lsgan, ...
+    python train.py --data out/ --model sharp                    # or vaeplus, lsgan, ..., statcell
     torchrun --nproc_per_node=4 -- train.py --data out/          # the `--` keeps --run from torchrun
 
 Reads the folder of prepare_bbbc021.py. Writes RUN/last.pt (all that resuming and drawing need), RUN/best.pt (the generator
-with the lowest validation pixel loss; not for Sharp and GANs), RUN/log.csv, RUN/losses.png, RUN/args.json and RUN/samples/*.png.
+with the lowest validation loss, see `validate`; not for Sharp and GANs), RUN/log.csv, RUN/losses.png, RUN/args.json and
+RUN/samples/*.png.
 Cost: see the README's speed table. The methods come first, one step each: a student changes the loss there.
 """
 import argparse
@@ -35,7 +36,8 @@ import model
 
 VALIDATED = 512  # training and as many validation cells that the log's train_pix and val_pix are means over
 GANS = ("lsgan", "dcgan", "wgan")
-CRITICISED = ("sharp", *GANS)  # their batches are cells as they come; a pixel loss does not judge them
+CRITICISED = ("sharp", *GANS)  # a pixel loss does not judge them
+AS_THEY_COME = (*CRITICISED, "statcell")  # a batch is of all training cells alike
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -394,6 +396,25 @@ def gradient_penalty(D, x, x_fake):
     return (length - 1).square().mean()
 
 
+# ---------------------------------------------------------------------------------------------------------
+# The Statistical Cell's step
+
+
+def statcell_step(G, D, opt_g, opt_d, label, x, x_real, weights, beta=0.5,
+                  weight_decay=0.0, amp=None, scaler=None):
+    """One step of Eq 3, of the reference and the target model at once: 2 ((1 - beta) recon + beta KL); images x (B, C, ...) in
+    0..1, label (B, labels) one-hot. With beta 0.5 it is minus the ELBO. Source: Donovan-Maiye et al. 2022."""
+    with autocast(x, amp):
+        recon, kl = G.terms(x, label, normal(x, G.latent))         # (B, 2), (B, 2): reference, target
+    loss = 2 * ((1 - beta) * recon + beta * kl)
+    loss_g = loss.sum(1).mean()
+    update([(G, opt_g, loss_g)], weight_decay, scaler)
+    recon, recon_t = recon.mean(0)
+    kl, kl_t = kl.mean(0)
+    return terms_of(loss_g=loss_g, recon=recon, kl=kl, recon_target=recon_t, kl_target=kl_t)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # What the authors of each model trained with; 80,000 steps are VAEplus' own, for the others a choice of ours
 CP2IMAGE = {
     "steps": 680_000,
@@ -408,6 +429,8 @@ CP2IMAGE = {
     "hidden_weight": 1.0,
     "hidden_ramp": 2500,
     "ema": 0.0,
+    "latent": 256,
+    "beta": 2.0,
 }
 SHARP = CP2IMAGE | {
     "steps": 3000,
@@ -430,6 +453,14 @@ GAN = CP2IMAGE | {
     "weight_decay": 0.0,
     "spectral_norm": "off",
 }
+STATCELL = CP2IMAGE | {
+    "steps": 42_300,  # 300 epochs of 4,512 cells
+    "batch": 32,
+    "lr_g": 2e-4,
+    "weight_decay": 0.0,
+    "latent": 512,
+    "beta": 0.5,
+}
 DEFAULTS = {
     "cp2image": CP2IMAGE,
     "sharp": SHARP,
@@ -438,6 +469,7 @@ DEFAULTS = {
     "lsgan": GAN,
     "dcgan": GAN | {"lr_g": 1e-5, "lr_d": 5e-5},
     "wgan": GAN,
+    "statcell": STATCELL,
 }
 
 
@@ -454,6 +486,8 @@ def method(args, guide):
         return partial(gan_step, kind=args.model)
     if args.model in ("vae", "vaeplus"):
         return partial(vae_step, beta=args.beta, **metric)
+    if args.model == "statcell":
+        return partial(statcell_step, beta=args.beta)
     return partial(cp2image_step, order=args.order, **metric)
 
 
@@ -465,7 +499,8 @@ def optimisers(args, G, D, device):
     elif args.model in GANS:
         adam = partial(torch.optim.Adam, betas=(0.5, 0.999), eps=1e-8, capturable=args.graph)
     else:
-        adam = partial(torch.optim.Adam, betas=(0.9, 0.999), eps=1e-7, capturable=args.graph)
+        eps = 1e-8 if args.model == "statcell" else 1e-7
+        adam = partial(torch.optim.Adam, betas=(0.9, 0.999), eps=eps, capturable=args.graph)
     lr_g = args.lr_g
     lr_d = args.lr_d
     if args.graph:
@@ -491,13 +526,19 @@ def follow(G_ema, G, decay):
 
 @torch.no_grad()
 def validate(G, cells, rows, batch=256):
-    """The pixel loss of the given cells in eval mode, a mean over them."""
+    """The pixel loss of the given cells in eval mode, a mean over them; of a Statistical Cell minus the ELBO of one draw."""
     G.eval()
     total = 0
     for part in np.array_split(rows, -(-len(rows) // batch)):
         x = cells.images(part)
-        x_fake = model.draw(G, cells.features(part), x, None)
-        total += len(part) * model.pixel_loss(x, x_fake).item()
+        f = cells.features(part)
+        if isinstance(G, model.StatCell):
+            recon, kl = G.terms(x, f, normal(x, G.latent))
+            loss = (recon + kl).sum(1).mean()
+        else:
+            x_fake = model.draw(G, f, x, None)
+            loss = model.pixel_loss(x, x_fake)
+        total += len(part) * loss.item()
     G.train()
     return total / len(rows)
 
@@ -507,10 +548,12 @@ def validate(G, cells, rows, batch=256):
 
 
 class Batches:
-    """Cells of a prepared folder by row number (B,), on the device: `features` (B, F) standardised, `images` (B, C, S, S) in
-    0..1. Where a GPU has room the whole folder is copied there once, patches as the 16-bit integers that they are."""
+    """Cells of a prepared folder by row number (B,), on the device: `features` (B, F) standardised or, `labelled`, labels (B, L)
+    one-hot, `images` (B, C, S, S) in 0..1. Where a GPU has room the whole folder is copied there once, patches as the 16-bit
+    integers that they are."""
 
-    def __init__(self, folder, image_norm, device):
+    def __init__(self, folder, image_norm, device, labelled=False):
+        self.labelled = labelled
         self.folder = folder
         self.image_norm = image_norm
         self.device = device
@@ -533,6 +576,8 @@ class Batches:
         return torch.from_numpy(array[rows])
 
     def features(self, rows):
+        if self.labelled:
+            return self.folder.told(rows).to(self.device)
         raw = self.take(self.raw, rows)
         return model.standardise(raw, self.centre, self.scale).to(self.device)
 
@@ -772,15 +817,15 @@ def loss_plot(rows, width=900, height=200):
 
 
 def log_line(step, steps, terms, cells_per_s, eta, checks):
-    """The line of the log: every term but the single hidden maps; validation losses on the steps that have them."""
+    """The line of the log: every term but the single hidden maps; losses of whole splits on the steps that have them."""
     parts = [f"step {step:6d}/{steps}"]
     for name, value in terms.items():
         if name not in ("hidden0", "hidden1", "hidden2", "hidden3"):
             parts.append(f"{name} {value:7.4g}")
     parts.append(f"{cells_per_s:5.0f} cells/s")
     parts.append(f"eta {datetime.timedelta(seconds=int(eta))}")
-    if checks:
-        parts.append(f"eval pix: train {checks['train_pix']:.1f} val {checks['val_pix']:.1f}")
+    for name, value in checks.items():
+        parts.append(f"{name} {value:.1f}")
     return " | ".join(parts)
 
 
@@ -865,13 +910,13 @@ def parse(argv):
     add("--run", metavar="DIR", help="where the run is written (default runs/<model>-seed<seed>)")
     add("--resume", action="store_true", help="go on from RUN/last.pt, on a CPU bit for bit")
     add("--model", default="cp2image", choices=model.KINDS,
-        help="CP2Image (default); sharp: texture, obedience, any measurements; or a baseline, with its authors' settings")
+        help="CP2Image (default); sharp: texture, obedience, any measurements; a baseline; statcell: p(structure | cell)")
     add("--steps", type=int,
-        help="training steps (default 680000, as released; sharp 3000, baselines 80000)")
+        help="training steps (default 680000, as released; sharp 3000, baselines 80000, statcell 42300)")
     add("--batch", type=int,
-        help="cells a step and process (default 0: one per treatment; sharp 32, GANs 64)")
+        help="cells a step and process (default 0: one per treatment; sharp, statcell 32, GANs 64)")
     add("--lr-g", type=float,
-        help="generator's learning rate, Adam (default 0.01, as it ran; sharp 2.5e-4, GANs 2e-4)")
+        help="generator's learning rate, Adam (default 0.01, as it ran; sharp 2.5e-4, GANs, statcell 2e-4)")
     add("--lr-d", type=float,
         help="discriminator's, SGD (default 0.001, as it ran; Adam for sharp 5e-4, GANs 7e-5)")
     add("--lr-decay", type=float, help="both rates times this every 100 steps (default 1; GANs 0.9999)")
@@ -886,8 +931,17 @@ def parse(argv):
     add("--asked-weight", type=float, default=4.0, help="sharp: weight of obedience (default 4)")
     add("--weight-decay", type=float,
         help="share of each kernel taken off a step (default 1e-4; sharp and GANs 0)")
-    add("--latent", type=int, default=256, help="VAE, VAEplus: size of the latent space (default 256)")
-    add("--beta", type=float, default=2.0, help="VAE, VAEplus: weight of the KL divergence (default 2)")
+    add("--latent", type=int,
+        help="VAEs: size of the latent space (default 256; of each of statcell's two 512)")
+    add("--beta", type=float,
+        help="VAE, VAEplus: weight of the KL divergence (default 2); statcell: its share, 0 to 1 (0.5)")
+    add("--reference", default="DAPI,Actin", metavar="NAMES",
+        help="statcell: channels of nucleus and cell, drawn first (default %(default)s)")
+    add("--target", metavar="NAMES",
+        help="statcell: channels drawn given those (default: the others)")
+    add("--dims", type=int, choices=[2, 3], help="statcell: of the patches, which say it themselves")
+    add("--width", type=int, default=32,
+        help="statcell: channels of its first maps (default 32, as published)")
     add("--spectral-norm", choices=["on", "off"],
         help="of D's kernels (default on; VAEplus off, GANs have none)")
     add("--order", choices=["shared", "alternate"], default="shared",
@@ -941,10 +995,10 @@ def start_processes(args):
 
 
 def choose_sampler(args, folder):
-    """One training cell of each treatment a batch (CP2Image, VAEs), or cells as they come (Sharp, GANs)."""
+    """One training cell of each treatment a batch (CP2Image, VAEs), or cells as they come (all others)."""
     train_rows = folder.rows("train")
     treatment = folder.treatment
-    if args.model in CRITICISED:
+    if args.model in AS_THEY_COME:
         treatment = np.zeros_like(treatment)
     sampler = data.TreatmentSampler(train_rows, treatment, args.batch)
     if sampler.batch < 8 and not args.batch:  # a few treatments make a batch that batch norm cannot use
@@ -954,11 +1008,37 @@ def choose_sampler(args, folder):
     return sampler
 
 
+def stacked(args, folder):
+    """The arguments of the Statistical Cell for this folder; None: another model."""
+    if args.model != "statcell":
+        if folder.patches.ndim > 4:
+            raise data.InputError(f"{args.data}: z-stacks; train --model statcell")
+        return None
+    reference = args.reference.split(",")
+    shape = list(folder.patches.shape[2:])
+    if args.dims and args.dims != len(shape):
+        raise data.InputError(f"--dims {args.dims}: the patches of {args.data} have {len(shape)}; leave it out, or prepare "
+                              "others (--simulate --depth)")
+    target = [name for name in folder.channels if name not in reference]
+    if args.target:
+        target = args.target.split(",")
+    if not target or sorted(reference + target) != sorted(folder.channels):
+        raise data.InputError(f"--reference {args.reference} --target {','.join(target)}: expected each of the "
+                              f"channels {','.join(folder.channels)} once, one or more in both")
+    return {
+        "shape": shape,
+        "reference": [folder.channels.index(name) for name in reference],
+        "target": [folder.channels.index(name) for name in target],
+        "labels": len(folder.labels),
+        "width": args.width,
+    }
+
+
 def networks(args, folder, device):
     """The generator and the discriminator (None: it has none), as the flags say, on the device."""
     shape = len(folder.features), len(folder.channels), folder.size
     spectral_norm = args.spectral_norm == "on"
-    G, D = model.networks(args.model, *shape, spectral_norm, args.latent, args.seed)
+    G, D = model.networks(args.model, *shape, spectral_norm, args.latent, args.seed, stacked(args, folder))
     if args.begin == "grey":
         if not isinstance(G, model.Generator):
             raise data.InputError(f"--begin grey is for cp2image, not for {args.model}")
@@ -970,6 +1050,8 @@ def networks(args, folder, device):
 def guide_sharp(args, folder, G, cells):
     """What Sharp's step takes besides: R, an untrained Regressor, and its optimiser; the engine's look; the family (F,) of each
     feature, by object and kind; the places of those that are asked for alone. Sets G's principal axes."""
+    if args.amp == "fp16" or args.graph:
+        raise data.InputError("--model sharp: not with --amp fp16 or --graph; use bf16 or off")
     random = np.random.default_rng([args.seed, 6])
     some = random.permutation(folder.rows("train"))[:20_000]
     G.whiten(cells.features(some))
@@ -1038,6 +1120,8 @@ def describe(args, folder, world, command):
         "normalise": folder.normalise,
         "image_norm": args.image_norm,
         "white": folder.white if args.image_norm == "percentile" else None,
+        "stacked": stacked(args, folder),
+        "labels": list(folder.labels),
         "settings": settings | {"processes": world},
         "identity": folder.identity,
         "command": command,
@@ -1050,8 +1134,6 @@ def main(argv=None):
     rank, world, device = start_processes(args)
     if device.type != "cuda" and (args.amp == "fp16" or args.graph):
         raise data.InputError("--amp fp16 and --graph need CUDA; use bf16 or off here")
-    if args.model == "sharp" and (args.amp == "fp16" or args.graph):
-        raise data.InputError("--model sharp: not with --amp fp16 or --graph; use bf16 or off")
     if device.type == "cpu":
         data.keep_freed_memory()
     if args.layers is None:
@@ -1061,7 +1143,7 @@ def main(argv=None):
     # The data
     folder = data.open_folder(args.data)
     sampler = choose_sampler(args, folder)
-    cells = Batches(folder, args.image_norm, device)
+    cells = Batches(folder, args.image_norm, device, args.model == "statcell")
     shown, checked = choose_cells(folder, args.seed)
 
     # The networks and their optimisers
@@ -1110,6 +1192,7 @@ def main(argv=None):
 
     # The loop
     caught, restore_signals = catch_signals()
+    judged = "elbo_lost" if args.model == "statcell" else "pix"  # by what best.pt is chosen
     stop = False
     since = first_step = step
     started = tick = time.perf_counter()
@@ -1148,9 +1231,9 @@ def main(argv=None):
             checks = {}
             if do_val and args.model not in CRITICISED:
                 for split, some in checked.items():
-                    checks[f"{split}_pix"] = validate(shown_G, cells, some)
-                if checks["val_pix"] < best:
-                    best = checks["val_pix"]
+                    checks[f"{split}_{judged}"] = validate(shown_G, cells, some)
+                if checks[f"val_{judged}"] < best:
+                    best = checks[f"val_{judged}"]
                     run.save("best.pt", step, best, full=False)
             run.log({"step": step, **terms, "cells_per_s": cells_per_s, **checks})
             so_far = time.perf_counter() - started
