@@ -963,7 +963,6 @@ def judge_statcell(G, folder, rows, seed, device):
         report.add_mean(who, "ELBO", -loss[:, k], "ELBO")
         report.add_mean(who, "rate", kl[:, k], "ELBO")
         report.add_mean(who, "distortion", recon[:, k], "ELBO")
-    add_coupling(report, G, folder, rows, loss[:, 1], device)
 
     # The latents: how many hold something, whether they go together, where treatments move them
     train = by_name(folder, folder.rows("train"))
@@ -1009,6 +1008,7 @@ def judge_statcell(G, folder, rows, seed, device):
     explained = 1 - missed.var(0) / real.var(0)
     for k, r2 in enumerate(explained, 1):
         report.add("reference", f"R2 of feature component {k}", len(real), "latents", r2)
+    add_coupling(report, G, folder, rows, loss[:, 1], device)
     return report
 
 
@@ -1113,7 +1113,7 @@ def print_report(name, report):
     wide = side_by_side(report.table(), "value")
     say(f"{name} {verdict(wide)}.")
     shown = wide[wide.index.str.fullmatch(SHOWN)].rename(columns=SHORT)
-    shown = shown.dropna(axis=1, how="all").iloc[:, :14]
+    shown = shown.dropna(axis=1, how="all").iloc[:, :14]                        # not every label of many
     print("\n" + shown.to_string(float_format="{:.4g}".format, na_rep="-") + "\n")
     print_absent(report.absent)
 

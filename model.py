@@ -622,7 +622,8 @@ class StatCell(nn.Module):
         return x[:, self.order]
 
     def told(self, reference, label):
-        """The target's conditions: the reference, and the label as an image of one pixel."""
+        """The target's conditions: the reference, padded as the target is, and the label as an image of one pixel."""
+        reference = F.pad(reference, self.target.pads)
         while label.ndim < reference.ndim:
             label = label[..., None]
         return reference, label

@@ -1345,6 +1345,9 @@ def test_statcell_is_two_vaes_of_which_one_is_told_the_other(shape, three_halvin
     swapped, _ = G.encode(torch.cat([x[:, :2], x[:, 2:].flip(0)], 1), label)
     assert mean.shape == log_var.shape == (2, 8) and not torch.allclose(mean[:, 4:], swapped[:, 4:])
     assert torch.allclose(G(x, label)[:, [0, 2]], G.decode(mean, label)[:, [0, 2]])
+    padded, _ = G.told(x[:, :2], label)  # as the target is: its structures lie where those of the target do
+    assert [side % 8 for side in padded.shape[2:]] == [0] * len(shape)
+    assert torch.equal(padded, F.pad(x[:, :2], G.target.pads)) and padded.sum() == pytest.approx(x[:, :2].sum().item())
 
 
 def test_statcell_step_is_eq_3(monkeypatch):
