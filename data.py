@@ -677,8 +677,9 @@ def seven_features(x):
         size = mask.sum()
         soft = np.pad(mask, 3).astype(float)
         soft = ndi.gaussian_filter(soft, 1)
-        steepness = np.square(np.gradient(soft)).sum(0)
-        surface = np.sqrt(steepness).sum()
+        slopes = np.square(np.gradient(soft))
+        steepness = np.sqrt(slopes.sum(0))
+        surface = steepness.sum()
         if mask.ndim == 2:
             ball = 2 * sqrt(pi * size)                  # the outline of a disc of that size
         else:

@@ -897,7 +897,8 @@ def add_coupling(report, G, folder, rows, loss, device):
     quantities = []
     for place in G.places[0]:
         recon, kl = elbo_terms(G, folder, rows, report.seed, device, place)
-        losses.append((recon + kl)[:, 1])
+        other = recon + kl
+        losses.append(other[:, 1])
         quantities.append(f"coupling to {folder.channels[place]}")
     quantities.append("nucleus -1, cell 1")
     losses = np.column_stack(losses)                                            # (n, 1 + channels)
@@ -948,8 +949,10 @@ def add_shifts(report, folder, rows, z):
             report.add(who, f"shift of {which}", len(here), "latents", length, *usual)
         own = every[here]                                                       # the target's
         start = own[~moved].mean(0)
-        along = (own - start) @ arrows[0] / length ** 2                         # 0 at DMSO's mean, 1 at the treatment's
-        distance = np.abs(along - np.linspace(0, 1, 5)[:, None])                # (5, n)
+        along = (own - start) @ arrows[0]
+        along = along / length ** 2                                             # 0 at DMSO's mean, 1 at the treatment's
+        stops = np.linspace(0, 1, 5)
+        distance = np.abs(along - stops[:, None])                               # (5, n)
         five = here[distance.argmin(1)]
         report.arrows[who] = length / np.mean(chance), rows[five]
 
@@ -1004,7 +1007,8 @@ def judge_statcell(G, folder, rows, seed, device):
     inputs = mean[:, own]
     inputs = inputs - inputs.mean(0)
     weights, *_ = np.linalg.lstsq(inputs, known, rcond=None)
-    missed = real - z[:, own] @ weights
+    expected = z[:, own] @ weights
+    missed = real - expected
     explained = 1 - missed.var(0) / real.var(0)
     for k, r2 in enumerate(explained, 1):
         report.add("reference", f"R2 of feature component {k}", len(real), "latents", r2)
@@ -1314,6 +1318,7 @@ def main(argv=None):
         score_table(args.profiles, args.image_csv, args.moa, args.normalise, args.seed, args.out)
         return
     device = data.pick_device(args.device)
+    data.keep_freed_memory()
     folder = data.open_folder(args.data)
     runs = [open_run(folder, path, device) for path in args.runs or [args.run]]
     different = {(G.name, G.settings["seed"]) for G in runs}

@@ -552,8 +552,9 @@ class ConditionalVAE(nn.Module):
             pixels = math.ceil(side / whole)
             missing = whole * pixels - side
             before = missing // 2
+            behind = missing - before
             self.coarse.append(pixels)
-            self.pads = [before, missing - before, *self.pads]
+            self.pads = [before, behind, *self.pads]
         dims = len(shape)
         widths = [width * 2 ** i for i in range(HALVINGS)]               # 32, 64, 128, 256, 512
         inputs = [n_channels, *widths]
@@ -651,7 +652,8 @@ class StatCell(nn.Module):
         mean, log_var = self.encode(x, label)
         z = mean
         if noise is not None:
-            z = mean + noise * (0.5 * log_var).exp()
+            sd = (0.5 * log_var).exp()
+            z = mean + noise * sd
         imagined = self.decode(z, label, x)                              # in the real reference
         _, target = self.parts(imagined)
         reference = self.reference.decode(z[:, :self.half])

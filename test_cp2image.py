@@ -1446,7 +1446,7 @@ def test_statcell_learns_and_couples_as_its_controls_do(depth, width, tmp_path, 
     assert found["share r > 0.5"]["reconstructed"] > 0.2
 
 
-@pytest.mark.parametrize("flags", [[], ["--ema", "0.5", "--beta", "0.2"]])
+@pytest.mark.parametrize("flags", [[], ["--ema", "0.5", "--beta", "0.2", "--amp", "bf16"]])
 def test_statcell_run_resumes_bit_for_bit_on_flat_cells(flags, folder_path, tmp_path):
     """Its labels are the treatments there; what does not fit is refused."""
     state = resumes_exactly(folder_path, tmp_path, "--model", "statcell", "--width", "2", "--latent", "4", *flags)

@@ -433,7 +433,7 @@ CP2IMAGE = {
     "beta": 2.0,
 }
 SHARP = CP2IMAGE | {
-    "steps": 3000,
+    "steps": 6000,
     "batch": 32,
     "lr_g": 2.5e-4,
     "lr_d": 5e-4,
@@ -912,7 +912,7 @@ def parse(argv):
     add("--model", default="cp2image", choices=model.KINDS,
         help="CP2Image (default); sharp: texture, obedience, any measurements; a baseline; statcell: p(structure | cell)")
     add("--steps", type=int,
-        help="training steps (default 680000, as released; sharp 3000, baselines 80000, statcell 42300)")
+        help="training steps (default 680000, as released; sharp 6000, baselines 80000, statcell 42300)")
     add("--batch", type=int,
         help="cells a step and process (default 0: one per treatment; sharp, statcell 32, GANs 64)")
     add("--lr-g", type=float,
