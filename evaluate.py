@@ -963,7 +963,8 @@ def judge_statcell(G, folder, rows, seed, device):
     recon, kl = elbo_terms(G, folder, rows, seed, device)
     loss = recon + kl
     for k, who in enumerate(MODELS):
-        report.add_mean(who, "ELBO", -loss[:, k], "ELBO")
+        elbo = -loss[:, k]
+        report.add_mean(who, "ELBO", elbo, "ELBO")
         report.add_mean(who, "rate", kl[:, k], "ELBO")
         report.add_mean(who, "distortion", recon[:, k], "ELBO")
 
