@@ -822,7 +822,7 @@ DRAWS = 10              # of the latents for an ELBO, and of other cells for a c
 INFORMATIVE = 0.6       # nats of KL divergence, from which on a latent dimension counts as active (paper)
 MODELS = ("reference", "target")
 FEW = 8                 # cells, under which no mean of a group is looked at
-COUPLED = 0.1           # sum of both couplings, under which a target follows neither nucleus nor cell
+COUPLED = 0.2           # sum of both couplings, under which a target follows neither nucleus nor cell
 
 
 def labelled(G, folder, rows, device):
