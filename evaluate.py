@@ -836,7 +836,7 @@ def labelled(G, folder, rows, device):
 @torch.no_grad()
 def elbo_terms(G, folder, rows, seed, device, swapped=None):
     """Squared error and KL divergence (2, n, 2) of the reference and the target of the cells `rows`, means over DRAWS draws. In each
-    draw the channel `swapped` (its place) comes from another cell."""
+    draw the channel `swapped` (its place) comes from another cell; then 0 for the reference, whose ELBO nobody asks for."""
     n = len(rows)
     places = range(n)
     total = np.zeros((2, n, 2))
@@ -848,9 +848,14 @@ def elbo_terms(G, folder, rows, seed, device, swapped=None):
             if swapped is not None:
                 others = images_of(folder, rows[other[i]], G)
                 x[:, swapped] = others[:, swapped].to(device)
-            noise = model.noise(G, places[i], seed * DRAWS + k)
-            terms = torch.stack(G.terms(x, label, noise.to(device)))            # (2, B, 2)
-            total[:, i] += terms.cpu().numpy()
+            noise = model.noise(G, places[i], seed * DRAWS + k).to(device)
+            if swapped is None:
+                terms = G.terms(x, label, noise)                                # (B, 2), (B, 2)
+                total[:, i] += torch.stack(terms).cpu().numpy()
+            else:
+                reference, target = G.parts(x)
+                terms = G.target.terms(target, G.told(reference, label), noise[:, G.half:])
+                total[:, i, 1] += torch.stack(terms).cpu().numpy()
     return total / DRAWS
 
 
@@ -861,7 +866,7 @@ def latents_of(G, folder, rows, device):
     for _, x, label in labelled(G, folder, rows, device):
         encoded = torch.stack(G.encode(x, label))                               # (2, B, 2 latent)
         parts.append(encoded.cpu().double())
-    return torch.cat(parts, 1).numpy()
+    return torch.cat(parts, 1)
 
 
 @torch.no_grad()
@@ -973,10 +978,10 @@ def judge_statcell(G, folder, rows, seed, device):
     train = np.random.default_rng([seed, 2]).permutation(train)
     train = train[:2000]
     mean, log_var = latents_of(G, folder, train, device)
-    z, _ = latents_of(G, folder, rows, device)
-    spread = np.exp(log_var) - 1 - log_var
-    nats = 0.5 * (mean ** 2 + spread)                                           # KL divergence
-    active = np.flatnonzero(nats.mean(0) > INFORMATIVE)
+    nats = model.kl_divergence(mean, log_var).mean(0)
+    active = np.flatnonzero(nats > INFORMATIVE)
+    mean = mean.numpy()
+    z = latents_of(G, folder, rows, device)[0].numpy()
     own = active[active < G.half]
     n = len(train)
     report.add("reference", "active latents", n, "latents", len(own))

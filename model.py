@@ -409,6 +409,11 @@ class VAE(nn.Module):
         return x, mean, log_var
 
 
+def kl_divergence(mean, log_var):
+    """Of normal distributions from the standard one, of means and log variances (B, latent), in nats: (B, latent)."""
+    return 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
+
+
 class NoiseGenerator(nn.Module):
     """Noise (B, 100), standard normal -> images (B, n_channels, size, size) in 0..1: the generator of CytoGAN's GANs.
     At a size that is no multiple of 8 the next larger picture is cut in the middle. The output, tanh, is brought to 0..1."""
@@ -544,7 +549,6 @@ class ConditionalVAE(nn.Module):
 
     def __init__(self, n_channels, shape, conditions=(), width=32, latent=512):
         super().__init__()
-        self.shape = tuple(shape)
         whole = 2 ** HALVINGS
         self.coarse = []                                                 # sides of the smallest maps
         self.pads = []                                                   # before and behind, the last dimension first
@@ -593,6 +597,16 @@ class ConditionalVAE(nn.Module):
         cut = [-pad for pad in self.pads]
         return F.pad(x, cut)                                             # (B, C, 68, 68)
 
+    def terms(self, x, conditions, noise):
+        """What Eq 3 weighs, (B,) each: summed squared error of a draw by the noise (B, latent), standard normal (distortion), and
+        KL divergence (rate). The ELBO is minus their sum."""
+        mean, log_var = self.encode(x, conditions)
+        z = mean + noise * (0.5 * log_var).exp()
+        error = x - self.decode(z, conditions)
+        recon = error.square().flatten(1).sum(1)
+        kl = kl_divergence(mean, log_var).sum(1)
+        return recon, kl
+
 
 class StatCell(nn.Module):
     """Two stacked conditional VAEs of images (B, C, *shape) in 0..1, 2D or 3D: the channels `reference` (places: nucleus and cell),
@@ -607,7 +621,6 @@ class StatCell(nn.Module):
         self.order = [mine.index(place) for place in sorted(mine)]
         self.half = latent
         self.latent = 2 * latent
-        self.labels = labels
         self.reference = ConditionalVAE(len(reference), shape, (), width, latent)
         conditions = len(reference), labels
         self.target = ConditionalVAE(len(target), shape, conditions, width, latent)
@@ -646,33 +659,21 @@ class StatCell(nn.Module):
         target = self.target.decode(z_t, self.told(reference, label))
         return self.whole(reference, target)
 
-    def forward(self, x, label, noise=None):                             # (B, C, ...), (B, labels)
-        """A reconstruction from the latent means; the target is given the real reference. With `noise` (B, 2 latent), standard
-        normal, as training does: (reconstruction of a draw, means, log variances)."""
-        mean, log_var = self.encode(x, label)
-        z = mean
-        if noise is not None:
-            sd = (0.5 * log_var).exp()
-            z = mean + noise * sd
-        imagined = self.decode(z, label, x)                              # in the real reference
+    def forward(self, x, label):                                         # (B, C, ...), (B, labels)
+        """A reconstruction from the latent means; the target is given the real reference."""
+        mean, _ = self.encode(x, label)
+        reference = self.reference.decode(mean[:, :self.half])
+        imagined = self.decode(mean, label, x)
         _, target = self.parts(imagined)
-        reference = self.reference.decode(z[:, :self.half])
-        x_fake = self.whole(reference, target)
-        if noise is None:
-            return x_fake
-        return x_fake, mean, log_var
+        return self.whole(reference, target)
 
     def terms(self, x, label, noise):
-        """What Eq 3 weighs, of the reference and of the target, (B, 2) each: summed squared error (distortion) and KL divergence
-        (rate). The ELBO is minus their sum."""
-        x_fake, mean, log_var = self(x, label, noise)
-        error = (x - x_fake).square().flatten(2).sum(2)                  # (B, C)
-        kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var)         # (B, 2 latent)
-        reference, target = self.parts(error)
-        recon = torch.stack([reference.sum(1), target.sum(1)], 1)
-        reference, target = kl.chunk(2, 1)
-        kl = torch.stack([reference.sum(1), target.sum(1)], 1)
-        return recon, kl
+        """ConditionalVAE.terms of the reference and of the target, (B, 2) each; noise (B, 2 latent)."""
+        reference, target = self.parts(x)
+        noise, noise_t = noise.split(self.half, 1)
+        recon, kl = self.reference.terms(reference, (), noise)
+        recon_t, kl_t = self.target.terms(target, self.told(reference, label), noise_t)
+        return torch.stack([recon, recon_t], 1), torch.stack([kl, kl_t], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -807,7 +808,7 @@ def load(path, device="cpu"):
     It carries `.takes` ("features": CP2Image, for `generate`; "images"; "noise"), `.model`, `.features` (ordered names),
     `.centre` and `.scale` ((F,) float64 tensors on the CPU), `.channels`, `.size` (pixels), `.normalise`, `.image_norm`,
     `.white` (16-bit level that image value 1 stands for; None with cell-max), `.step`, `.identity` (the data's checksums),
-    `.device`."""
+    `.label_names` (what each place of a StatCell's label says), `.device`."""
     state = read_checkpoint(path, device)
     G, _ = build(state)
     averaged = state["G_ema"]
@@ -821,7 +822,7 @@ def load(path, device="cpu"):
         setattr(G, name, state[name])
     G.missing = getattr(G, "missing", False)  # whether measurements may be missing
     G.size = state.get("size", SIZE)
-    G.label_names = state.get("labels")  # of a StatCell
+    G.label_names = state.get("labels")
     G.centre = state["centre"].double()
     G.scale = state["scale"].double()
     G.device = torch.device(device)

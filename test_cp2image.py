@@ -1353,13 +1353,12 @@ def test_statcell_is_two_vaes_of_which_one_is_told_the_other(shape, three_halvin
 def test_statcell_step_is_eq_3(monkeypatch):
     """Squared errors of 0.1 and 0.2 on 10 pixels; KL of means 1 and 2 in four dimensions each: m^2 / 2 a dimension."""
     G = model.StatCell((2, 5), [0, 2], [1], 2, width=2, latent=4)
-    error = torch.tensor([0.1, 0.2, 0.1])[:, None, None].expand(3, 2, 5)
-    mean = torch.tensor([1.0] * 4 + [2.0] * 4)
-    scale = nn.Parameter(torch.ones(()))
-    monkeypatch.setattr(G, "forward", lambda x, label, noise: (x + scale * error, mean.expand(len(x), -1), torch.zeros(len(x), 8)))
+    x, scale = torch.rand(2, 3, 2, 5), nn.Parameter(torch.ones(()))
+    for vae, places, error, mean in ((G.reference, [0, 2], 0.1, 1.0), (G.target, [1], 0.2, 2.0)):
+        monkeypatch.setattr(vae, "encode", lambda x, told, mean=mean: (torch.full((2, 4), mean), torch.zeros(2, 4)))
+        monkeypatch.setattr(vae, "decode", lambda z, told, real=x[:, places], error=error: real + scale * error)
     monkeypatch.setattr(G, "parameters", lambda: [scale])
-    G.kernels = []
-    terms = train.statcell_step(G, None, torch.optim.SGD([scale], 1.0), None, torch.eye(2), torch.rand(2, 3, 2, 5), None, None, beta=0.25)
+    terms = train.statcell_step(G, None, torch.optim.SGD([scale], 1.0), None, torch.eye(2), x, None, None, beta=0.25)
     expected = {"recon": 0.2, "kl": 2, "recon_target": 0.4, "kl_target": 8, "loss_g": 2 * (0.75 * 0.6 + 0.25 * 10)}
     assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected, rel=1e-4)
     assert scale.item() == pytest.approx(1 - 2 * 0.75 * 2 * 0.6, rel=1e-4)  # its gradient, 2 (1 - beta) 2 recon

@@ -321,8 +321,7 @@ def vae_step(G, D, opt_g, opt_d, f, x, x_real, weights, beta=2.0, pixel_weight=1
     (Lafarge et al. 2019). Arguments as cp2image_step's."""
     with autocast(x, amp):
         x_fake, mean, log_var = G(x, normal(x, G.latent))           # (B, C, H, W), (B, latent), (B, latent)
-    kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var)        # (B, latent)
-    kl = kl.sum(1).mean()
+    kl = model.kl_divergence(mean, log_var).sum(1).mean()
     loss_pix = model.pixel_loss(x, x_fake)
     loss_g = pixel_weight * loss_pix + beta * kl
     if D is None:
@@ -930,7 +929,7 @@ def parse(argv):
         help="sharp: weight of how much fine detail there is (default 0.3)")
     add("--asked-weight", type=float, default=4.0, help="sharp: weight of obedience (default 4)")
     add("--weight-decay", type=float,
-        help="share of each kernel taken off a step (default 1e-4; sharp and GANs 0)")
+        help="share of each kernel taken off a step (default 1e-4; sharp, GANs, statcell 0)")
     add("--latent", type=int,
         help="VAEs: size of the latent space (default 256; of each of statcell's two 512)")
     add("--beta", type=float,
