@@ -854,7 +854,8 @@ def elbo_terms(G, folder, rows, seed, device, swapped=None):
                 total[:, i] += torch.stack(terms).cpu().numpy()
             else:
                 reference, target = G.parts(x)
-                terms = G.target.terms(target, G.told(reference, label), noise[:, G.half:])
+                told = G.told(reference, label)
+                terms = G.target.terms(target, told, noise[:, G.half:])
                 total[:, i, 1] += torch.stack(terms).cpu().numpy()
     return total / DRAWS
 

@@ -601,11 +601,12 @@ class ConditionalVAE(nn.Module):
         """What Eq 3 weighs, (B,) each: summed squared error of a draw by the noise (B, latent), standard normal (distortion), and
         KL divergence (rate). The ELBO is minus their sum."""
         mean, log_var = self.encode(x, conditions)
-        z = mean + noise * (0.5 * log_var).exp()
+        sd = (0.5 * log_var).exp()
+        z = mean + noise * sd
         error = x - self.decode(z, conditions)
-        recon = error.square().flatten(1).sum(1)
-        kl = kl_divergence(mean, log_var).sum(1)
-        return recon, kl
+        recon = error.square().flatten(1)
+        kl = kl_divergence(mean, log_var)
+        return recon.sum(1), kl.sum(1)
 
 
 class StatCell(nn.Module):
@@ -662,7 +663,8 @@ class StatCell(nn.Module):
     def forward(self, x, label):                                         # (B, C, ...), (B, labels)
         """A reconstruction from the latent means; the target is given the real reference."""
         mean, _ = self.encode(x, label)
-        reference = self.reference.decode(mean[:, :self.half])
+        own = mean[:, :self.half]
+        reference = self.reference.decode(own)
         imagined = self.decode(mean, label, x)
         _, target = self.parts(imagined)
         return self.whole(reference, target)
@@ -671,9 +673,12 @@ class StatCell(nn.Module):
         """ConditionalVAE.terms of the reference and of the target, (B, 2) each; noise (B, 2 latent)."""
         reference, target = self.parts(x)
         noise, noise_t = noise.split(self.half, 1)
+        told = self.told(reference, label)
         recon, kl = self.reference.terms(reference, (), noise)
-        recon_t, kl_t = self.target.terms(target, self.told(reference, label), noise_t)
-        return torch.stack([recon, recon_t], 1), torch.stack([kl, kl_t], 1)
+        recon_t, kl_t = self.target.terms(target, told, noise_t)
+        recon = torch.stack([recon, recon_t], 1)
+        kl = torch.stack([kl, kl_t], 1)
+        return recon, kl
 
 
 # ---------------------------------------------------------------------------------------------------------

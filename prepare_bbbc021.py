@@ -1683,6 +1683,9 @@ def parse(argv):
         parser.error("--write-release DIR goes with --simulate")
     if args.depth and (args.write_release or not args.simulate):
         parser.error("--depth goes with --simulate and --out")
+    if args.depth and args.channels != list(CHANNELS):
+        own = ",".join(SOLID_CHANNELS)
+        parser.error(f"--depth has channels of its own, {own}: leave --channels out")
     if args.crops and not args.features:
         parser.error("--crops needs --features TABLE: CellProfiler measurements")
     known = args.stored_order if args.crops else CHANNELS

@@ -1380,6 +1380,8 @@ def test_statcell_stacks_show_what_they_are_said_to(tmp_path):
     envelope = kind == "envelope"
     assert share[envelope & ~drugged].min() > share[envelope & drugged].max()
     assert abs(np.median(share[(kind == "nucleoli") & drugged]) - np.median(share[(kind == "nucleoli") & ~drugged])) < 0.1
+    with pytest.raises(SystemExit):
+        simulate_solids(tmp_path / "no", 9, 8, "--channels", "DAPI,Actin")
     picture = data.composite(torch.rand(2, 3, 8, 16, 20))
     assert picture.shape == (2, 16, 28, 3)
 
