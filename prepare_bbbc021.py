@@ -1742,8 +1742,9 @@ def main(argv=None):
         del options[name]
     work = out.with_name(out.name + ".partial")
     shape = args.size, args.size
-    if (args.depth or 1) > 1:
-        shape = args.depth, *shape
+    depth = args.depth or 1
+    if depth > 1:
+        shape = depth, *shape
     try:
         write_folder(
             work,
